@@ -1,0 +1,51 @@
+"""Image classifiers in Flax Linen: logits = model.apply(variables, images)."""
+
+import importlib
+import inspect
+
+import flax.linen as nn
+
+from ptq_jax.models import convnet, resnet
+
+ZOO = {
+  "convnet": convnet.ConvNet,
+  "resnet8": resnet.resnet8,
+  "resnet18": resnet.resnet18,
+  "resnet20": resnet.resnet20,
+  "resnet34": resnet.resnet34,
+  "resnet50": resnet.resnet50,
+}
+
+
+def make(name: str, *, num_classes: int, **options) -> nn.Module:
+  """A model of the zoo by its name, or your own as "package.module:factory".
+
+  Args:
+    name: a key of `ZOO`, or where to find a function that takes `num_classes` and `options`.
+    num_classes: C.
+    **options: of the model, such as `width`.
+  Raises:
+    ValueError: for an unknown name, a factory that cannot be imported, or an unknown option.
+  """
+  factory = _import(name) if ":" in name else ZOO.get(name)
+  if factory is None:
+    raise ValueError(
+      f"model.name is {name!r}; use one of {sorted(ZOO)} or your own as 'package.module:factory'."
+    )
+  accepted = inspect.signature(factory).parameters
+  unknown = sorted(set(options) - set(accepted))
+  if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    known = sorted(set(accepted) - {"num_classes", "parent", "name"})
+    raise ValueError(f"model {name!r} has no option {unknown[0]!r}; it has {known}.")
+  model = factory(num_classes=num_classes, **options)
+  if not isinstance(model, nn.Module):
+    raise ValueError(f"{name!r} made a {type(model).__name__}, not a flax.linen.Module.")
+  return model
+
+
+def _import(name):
+  module, _, attribute = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"model.name is {name!r}, which cannot be imported: {error}.") from error

@@ -1,0 +1,224 @@
+"""A convolution that knows how to be batched over models.
+
+`jax.vmap` turns a convolution with one kernel per model into a grouped convolution, whose backward
+pass is slow on every platform (jax issue 13800). `conv_general_dilated` here is written for one
+model and computes what `jax.lax.conv_general_dilated` computes; under `jax.vmap` each of its three
+parts (forward, gradient of the images, gradient of the kernel) picks its own lowering:
+
+* one kernel for all models: the models join the batch;
+* one batch of images for all models: the kernels join the output channels;
+* both differ: "unrolled" (one convolution per model), "patches" (batched matrix products over
+  extracted patches) or "grouped" (what JAX does by itself), see `choose_lowering`.
+
+Use it in any Flax model: `nn.Conv(..., conv_general_dilated=conv.conv_general_dilated)`.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from ptq_jax.base import Array, Float
+
+DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+class Geometry(NamedTuple):
+  """What defines a two-dimensional convolution besides its arrays; hashable."""
+
+  strides: tuple[int, int]
+  padding: tuple[tuple[int, int], tuple[int, int]]
+  dilation: tuple[int, int]  # of the kernel
+  groups: int
+  precision: str | None
+
+
+def conv_general_dilated(
+  lhs: Float[Array, "n H W I"],
+  rhs: Float[Array, "kh kw J O"],
+  window_strides,
+  padding,
+  lhs_dilation=None,
+  rhs_dilation=None,
+  dimension_numbers=None,
+  feature_group_count=1,
+  precision=None,
+) -> Float[Array, "n h w O"]:
+  """Drop-in for `jax.lax.conv_general_dilated` on NHWC images and HWIO kernels.
+
+  Differs only in how it is batched; reverse-mode differentiable once.
+
+  Raises:
+    ValueError: for other layouts or a dilated input, which this function does not have.
+  """
+  numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+  if numbers != jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, DIMENSION_NUMBERS):
+    raise ValueError(f"dimension_numbers must be {DIMENSION_NUMBERS}, got {dimension_numbers}.")
+  if lhs_dilation is not None and any(d != 1 for d in lhs_dilation):
+    raise ValueError(
+      f"lhs_dilation must be 1, got {lhs_dilation}; use jax.lax for transposed ones."
+    )
+  dilation = tuple(rhs_dilation or (1, 1))
+  if isinstance(padding, str):
+    window = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], dilation, strict=True)]
+    padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
+  padding = tuple((int(low), int(high)) for low, high in padding)
+  precision = precision if precision is None or isinstance(precision, str) else str(precision)
+  geometry = Geometry(tuple(window_strides), padding, dilation, feature_group_count, precision)
+  return _conv(geometry, lhs, rhs)
+
+
+def choose_lowering(*, platform: str, num_models: int, kernel_shape, num_positions: int) -> str:
+  """Which lowering a convolution gets when images and kernels both differ between models.
+
+  Args:
+    platform: `jax.default_backend()`.
+    num_models: how many models are batched.
+    kernel_shape: (kh, kw, I, O).
+    num_positions: output pixels of one model, n * h * w.
+  Returns:
+    "unrolled", "patches" or "grouped". The numbers behind the rule are in BUILD_NOTES.md.
+  """
+  if platform == "cpu" or num_models == 1:
+    return "unrolled"
+  flop = 2 * math.prod(kernel_shape) * num_positions
+  return "unrolled" if flop > 5e8 else "patches"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(geometry, images, kernel):
+  return _forward(geometry)(images, kernel)
+
+
+def _conv_fwd(geometry, images, kernel):
+  return _conv(geometry, images, kernel), (images, kernel)
+
+
+def _conv_bwd(geometry, residuals, cotangent):
+  images, kernel = residuals
+  image_gradient = _image_gradient(geometry, images.shape[1:3])(cotangent, kernel)
+  kernel_gradient = _kernel_gradient(geometry, kernel.shape[:2])(images, cotangent)
+  return image_gradient, kernel_gradient
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _plain(geometry, images, kernel):
+  """The convolution of one model, as XLA does it."""
+  return jax.lax.conv_general_dilated(
+    images,
+    kernel,
+    geometry.strides,
+    geometry.padding,
+    rhs_dilation=geometry.dilation,
+    dimension_numbers=DIMENSION_NUMBERS,
+    feature_group_count=geometry.groups,
+    precision=geometry.precision,
+  )
+
+
+@functools.cache
+def _forward(geometry):
+  def one(images, kernel):
+    return _plain(geometry, images, kernel)
+
+  def shared_images(function, images, kernels):
+    """Kernels join the output channels; groups, if any, stay outermost."""
+    num_models, kh, kw, J, O = kernels.shape
+    grouped = kernels.reshape(num_models, kh, kw, J, geometry.groups, O // geometry.groups)
+    merged = jnp.moveaxis(grouped, 0, -2).reshape(kh, kw, J, num_models * O)
+    out = function(images, merged)
+    out = out.reshape(*out.shape[:-1], geometry.groups, num_models, O // geometry.groups)
+    return jnp.moveaxis(out, -2, 0).reshape(num_models, *out.shape[:-3], O)
+
+  return _batched(geometry, one, shared_first=shared_images, shared_second=_join_batch)
+
+
+@functools.cache
+def _image_gradient(geometry, image_size):
+  def one(cotangent, kernel):
+    images = jax.ShapeDtypeStruct(
+      (cotangent.shape[0], *image_size, kernel.shape[2] * geometry.groups), cotangent.dtype
+    )
+    return jax.linear_transpose(lambda x: _plain(geometry, x, kernel), images)(cotangent)[0]
+
+  return _batched(geometry, one, shared_second=_join_batch)
+
+
+@functools.cache
+def _kernel_gradient(geometry, kernel_size):
+  def one(images, cotangent):
+    shape = (*kernel_size, images.shape[-1] // geometry.groups, cotangent.shape[-1])
+    kernel = jax.ShapeDtypeStruct(shape, images.dtype)
+    return jax.linear_transpose(lambda k: _plain(geometry, images, k), kernel)(cotangent)[0]
+
+  return _batched(geometry, one)
+
+
+def _join_batch(function, images, kernel):
+  """One kernel for all models: they join the batch."""
+  num_models, n = images.shape[:2]
+  out = function(images.reshape(num_models * n, *images.shape[2:]), kernel)
+  return out.reshape(num_models, n, *out.shape[1:])
+
+
+def _batched(geometry, one, *, shared_first=None, shared_second=None):
+  """`one` with a rule of its own for `jax.vmap`; nested vmaps apply the rule again."""
+  function = custom_vmap(one)
+
+  @function.def_vmap
+  def rule(axis_size, in_batched, first, second):
+    first_batched, second_batched = in_batched
+    if first_batched and not second_batched and shared_second is not None:
+      return shared_second(function, first, second), True
+    if second_batched and not first_batched and shared_first is not None:
+      return shared_first(function, first, second), True
+    outputs = [
+      function(first[m] if first_batched else first, second[m] if second_batched else second)
+      for m in range(axis_size)
+    ]
+    return jnp.stack(outputs), True
+
+  return function
+
+
+def uniform_bias(fan_in: int):
+  """PyTorch's default initialiser of a bias: uniform in +-1 / sqrt(fan_in)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""PyTorch's default initialiser of a kernel: uniform in +-1 / sqrt(fan_in)."""
+
+BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+"""Flax's batch normalisation with PyTorch's defaults (its momentum of 0.1 is 0.9 here)."""
+
+
+def square(features: int, size: int, stride: int = 1, **options) -> nn.Conv:
+  """A `size` x `size` convolution without bias, zero-padded so that stride 1 keeps the image size."""
+  padding = (size // 2, (size - 1) // 2)
+  return nn.Conv(
+    features,
+    (size, size),
+    (stride, stride),
+    (padding, padding),
+    use_bias=False,
+    kernel_init=kernel_init,
+    conv_general_dilated=conv_general_dilated,
+    **options,
+  )
+
+
+def dense(features: int, fan_in: int, **options) -> nn.Dense:
+  """Flax's dense layer with PyTorch's default initialisation."""
+  return nn.Dense(features, kernel_init=kernel_init, bias_init=uniform_bias(fan_in), **options)
