@@ -1,0 +1,198 @@
+"""Image classification sets by name, as uint8 arrays on the host with their statistics."""
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+from ptq_jax.base import Float, Int, UInt8
+from ptq_jax.data import splits
+from ptq_jax.data.splits import Splits
+
+DIGITS_TEST_SIZE = 299
+DIGITS_SPLIT_SEED = 1797
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A pool, from which members are drawn, and a test split. `jax.device_put` the arrays once."""
+
+  name: str
+  train_images: UInt8[np.ndarray, "E H W C"]  # the pool, pixels 0 .. 255, E even
+  train_labels: Int[np.ndarray, "E"]  # int32
+  train_ids: Int[np.ndarray, "E"]  # int32, positions in the source's training split, ascending
+  test_images: UInt8[np.ndarray, "T H W C"]
+  test_labels: Int[np.ndarray, "T"]  # int32
+  class_names: tuple[str, ...]  # by label
+  mean: Float[np.ndarray, "C"]  # float32, of the pool's pixels scaled to 0 .. 1
+  std: Float[np.ndarray, "C"]  # float32, likewise; 1 for a constant channel
+  fingerprint: str  # SHA-256 of the arrays and class names, hexadecimal
+  notes: tuple[str, ...]  # sentences on what differs from the source, such as a dropped example
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width, channels."""
+    return self.train_images.shape[1:]
+
+
+def load(
+  name: str,
+  *,
+  path: str | os.PathLike | None = None,
+  pool_size: int | None = None,
+  test_size: int | None = None,
+  seed: int = 0,
+) -> Dataset:
+  """Loads a set of labelled images.
+
+  Args:
+    name: "digits" (scikit-learn's 1797 handwritten digits, 8x8) or "npz" (a file with the uint8
+      arrays x_train, x_test [N, H, W, C] and the integer arrays y_train, y_test [N], optionally
+      class_names).
+    path: the file of "npz".
+    pool_size: examples from which members are drawn, the first of a shuffle of the training split
+      with `seed`; None takes all. An odd pool is trimmed by one, see `Dataset.notes`.
+    test_size: likewise for the test split; None takes all, odd or even.
+    seed: of the two selections.
+  Raises:
+    ValueError: for an unknown name, contents that are no labelled images, or too few of them.
+    FileNotFoundError: for a missing file.
+  """
+  return _select(name, _read(name, path=path), pool_size=pool_size, test_size=test_size, seed=seed)
+
+
+def _read(name: str, *, path) -> Splits:
+  """All examples of a source."""
+  if name == "digits":
+    return read_digits()
+  if name == "npz":
+    if path is None:
+      raise ValueError("the dataset 'npz' needs path=<the .npz file>.")
+    return read_npz(path)
+  close = difflib.get_close_matches(name, ["digits", "npz"], n=1)
+  hint = f" Did you mean {close[0]!r}?" if close else ""
+  raise ValueError(f"there is no dataset {name!r}; use 'digits' or 'npz'.{hint}")
+
+
+def read_digits() -> Splits:
+  """scikit-learn's handwritten digits: 1498 + 299 images of 8x8x1, in a fixed random split."""
+  from sklearn import datasets
+
+  digits = datasets.load_digits()
+  images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+  labels = digits.target.astype(np.int32)
+  order = shuffled(len(images), seed=DIGITS_SPLIT_SEED)
+  test, train = order[:DIGITS_TEST_SIZE], order[DIGITS_TEST_SIZE:]
+  names = tuple(str(each) for each in digits.target_names)
+  return Splits(images[train], labels[train], images[test], labels[test], names)
+
+
+def read_npz(path: str | os.PathLike) -> Splits:
+  """The arrays x_train, y_train, x_test, y_test and perhaps class_names of an .npz file.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is no .npz file, lacks an array, or fails a check of `splits.checked`.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no file {str(path)!r} for the dataset 'npz'.")
+  keys = ("x_train", "y_train", "x_test", "y_test")
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      missing = [key for key in keys if key not in archive.files]
+      if missing:
+        raise ValueError(
+          f"{path} has no array {missing[0]!r}; it needs {', '.join(keys)} and has "
+          f"{', '.join(archive.files) or 'none'}."
+        )
+      arrays = [archive[key] for key in keys]
+      names = archive["class_names"] if "class_names" in archive.files else None
+  except (zipfile.BadZipFile, EOFError, OSError) as error:
+    raise ValueError(f"{path} is not a whole .npz file ({error}); write it again.") from error
+  class_names = None if names is None else tuple(str(each) for each in names)
+  return splits.checked(*arrays, class_names=class_names, source=str(path), names=keys)
+
+
+def shuffled(num_examples: int, *, seed: int) -> Int[np.ndarray, "n"]:
+  """A permutation that no NumPy release changes: only the raw bit stream of PCG64 is used."""
+  return np.argsort(np.random.PCG64(seed).random_raw(num_examples), kind="stable")
+
+
+def _select(
+  name: str, source: Splits, *, pool_size: int | None, test_size: int | None, seed: int
+) -> Dataset:
+  """The pool and the test examples of a source, with statistics."""
+  notes = []
+  num_train, num_test = len(source.train_labels), len(source.test_labels)
+  pool_size = num_train if pool_size is None else pool_size
+  test_size = num_test if test_size is None else test_size
+  _check_size("pool_size", pool_size, num_train, least=2, split="training")
+  _check_size("test_size", test_size, num_test, least=1, split="test")
+  if pool_size % 2:
+    pool_size -= 1
+    notes.append(
+      f"one example of {pool_size + 1} was dropped: a pool needs an even number of examples, so "
+      "that every model trains on half of it."
+    )
+  pool = np.sort(shuffled(num_train, seed=seed)[:pool_size])
+  test = np.sort(shuffled(num_test, seed=seed + 1)[:test_size])
+  train_images, test_images = source.train_images[pool], source.test_images[test]
+  mean, std = statistics(train_images)
+  arrays = (train_images, source.train_labels[pool], test_images, source.test_labels[test])
+  return Dataset(
+    name=name,
+    train_images=arrays[0],
+    train_labels=arrays[1],
+    train_ids=pool.astype(np.int32),
+    test_images=arrays[2],
+    test_labels=arrays[3],
+    class_names=source.class_names,
+    mean=mean,
+    std=std,
+    fingerprint=fingerprint(*arrays, class_names=source.class_names),
+    notes=tuple(notes),
+  )
+
+
+def _check_size(argument: str, size: int, available: int, *, least: int, split: str) -> None:
+  """Raises unless least <= size <= available."""
+  if not least <= size <= available:
+    raise ValueError(
+      f"{argument} is {size}; the {split} split has {available} examples, so choose from {least} "
+      f"to {available}."
+    )
+
+
+def statistics(
+  images: UInt8[np.ndarray, "N H W C"],
+) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
+  """Mean and population deviation per channel of pixels scaled to 0 .. 1, from exact counts.
+
+  A constant channel gets the deviation 1, so that normalising keeps it finite.
+  """
+  values = np.arange(256) / 255
+  channels = range(images.shape[-1])
+  counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in channels])
+  frequency = counts / counts.sum(axis=1, keepdims=True)
+  mean = frequency @ values
+  std = np.sqrt((frequency * (values - mean[:, None]) ** 2).sum(axis=1))
+  return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+def fingerprint(*arrays: np.ndarray, class_names: tuple[str, ...]) -> str:
+  """SHA-256 over shapes, dtypes, contents and class names, in hexadecimal."""
+  digest = hashlib.sha256()
+  for array in arrays:
+    digest.update(f"{array.shape} {array.dtype.str} ".encode())
+    digest.update(np.ascontiguousarray(array))
+  digest.update("\n".join(class_names).encode())
+  return digest.hexdigest()
