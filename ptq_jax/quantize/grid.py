@@ -1,0 +1,161 @@
+"""Affine grids: where quantized weights may stand, one scale and zero point per output channel.
+
+A code `c` in {0, ..., levels - 1} stands for the weight `(c - zero_point) * scale`. The unit is the
+number of levels, so 1.58 bits (3 levels) is no special case. Rounding is half to even throughout.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax.base import Array, ArrayLike, Float, Int
+
+SEARCH_STEPS = 80
+"""Shrink factors 1.00, 0.99, ..., 0.21 of the search "mse"."""
+
+MIN_LEVELS, MAX_LEVELS = 2, 256
+
+_MIN_SPREAD = 2.0**-12  # a narrower channel, relative to its magnitude, counts as constant
+
+
+class Grid(NamedTuple):
+  """A pytree, so that it crosses jit and vmap; its parts broadcast against the weights."""
+
+  scale: Float[ArrayLike, "..."]
+  """Distance of neighbouring levels, in the unit of the weights; > 0."""
+  zero_point: Float[ArrayLike, "..."]
+  """The code that stands for weight 0, a whole number. Outside [0, levels) if 0 is off the grid."""
+  levels: int | Int[ArrayLike, "..."]
+  """Number of levels, 2 to 256. An array lets several counts share one compilation under vmap."""
+
+
+def fit(
+  weights: Float[ArrayLike, "*shape channels"],
+  *,
+  levels: int | Int[ArrayLike, ""],
+  symmetric: bool = False,
+  search: Literal["mse", "minmax"] = "mse",
+  norm: float = 2.4,
+  include_zero: bool = True,
+) -> Grid:
+  """One grid per output channel, the last axis of a Flax kernel.
+
+  Asymmetric: the range [min, max] of a channel is cut into levels - 1 equal steps and shifted so
+  that 0 falls on a whole number. Symmetric: the range is [-max|w|, max|w|] and the zero point
+  `levels // 2`, so 0 is a level for odd and even counts (3 levels are {-s, 0, s}; 4 are
+  {-2s, -s, 0, s}).
+
+  Args:
+    weights: a kernel in Flax layout. float16 and bfloat16 are fitted in float32.
+    levels: 2 to 256.
+    search: "minmax" takes the range as it is; "mse" shrinks it by the 80 factors 1.00 ... 0.21 and
+      keeps, per channel, the first that minimises the mean of |error| ** norm.
+    norm: exponent of the search "mse".
+    include_zero: widen the range to contain 0 (asymmetric grids; symmetric ones always do).
+  Returns:
+    Grid of scale and zero point [1, ..., 1, channels]. A channel of zeros gets a grid that holds 0;
+    a constant channel, which has no range of its own, gets the one that includes 0.
+  Raises:
+    ValueError: levels outside 2..256, an unknown search, or weights that are not finite (unless
+      traced: values under jit and vmap cannot be looked at).
+  References: Nagel et al. 2020, arXiv:2004.10568 (section 5, MSE range); the public code of BRECQ
+    (include_zero=False) and of OBC (include_zero=True).
+  """
+  check_levels(levels)
+  if search not in ("mse", "minmax"):
+    raise ValueError(f'search must be "mse" or "minmax", got {search!r}.')
+  if not is_traced(weights) and not bool(jnp.isfinite(weights).all()):
+    raise ValueError("weights hold NaN or infinite values; a grid needs finite weights.")
+  steps = SEARCH_STEPS if search == "mse" else 1
+  scale, zero_point = _fit(weights, levels, norm, symmetric, include_zero, steps)
+  return Grid(scale, zero_point, levels)
+
+
+def codes(weights: Float[ArrayLike, "..."], grid: Grid) -> Int[Array, "..."]:
+  """Codes int32 in [0, levels) of the nearest levels. Exact on weights that `dequantize` made."""
+  steps = jnp.round(weights / grid.scale) + grid.zero_point
+  return jnp.clip(steps, 0, grid.levels - 1).astype(jnp.int32)
+
+
+def dequantize(codes: Int[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
+  """Weights of the codes, `(codes - zero_point) * scale`, in the dtype of the scale."""
+  scale = jnp.asarray(grid.scale)
+  return (jnp.asarray(codes).astype(scale.dtype) - grid.zero_point) * scale
+
+
+def nearest(weights: Float[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
+  """Every weight at its nearest level."""
+  return dequantize(codes(weights, grid), grid)
+
+
+def error(
+  weights: Float[ArrayLike, "*shape channels"], grid: Grid, *, norm: float = 2.4
+) -> Float[Array, " channels"]:
+  """Mean of |nearest level - weight| ** norm per output channel: the search "mse" minimises it."""
+  distance = jnp.abs(nearest(weights, grid) - weights)
+  return jnp.mean(distance**norm, axis=tuple(range(jnp.ndim(weights) - 1)))
+
+
+def check_levels(levels: Any) -> None:
+  """Raises ValueError unless `levels` are whole numbers in 2..256. Traced values pass."""
+  if is_traced(levels):
+    return
+  values = np.asarray(levels)
+  whole = values == np.floor(values)
+  if not (whole & (values >= MIN_LEVELS) & (values <= MAX_LEVELS)).all():
+    raise ValueError(
+      f"levels must be a whole number from {MIN_LEVELS} to {MAX_LEVELS}, got {levels}."
+    )
+
+
+def is_traced(value: object) -> bool:
+  """Whether a value is abstract (under jit, vmap or grad), so that it cannot be checked."""
+  return isinstance(value, jax.core.Tracer)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "symmetric", "include_zero", "steps"))
+def _fit(weights, levels, norm, symmetric, include_zero, steps):
+  """Scale and zero point, each [1, ..., 1, channels], after `steps` shrink factors."""
+  weights = jnp.asarray(weights)
+  weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  low, high = _ranges(weights, symmetric, include_zero)
+
+  def grid_at(factor):
+    scale = factor * (high - low) / (levels - 1)
+    zero = jnp.full_like(scale, levels // 2) if symmetric else jnp.round(-factor * low / scale)
+    return Grid(scale, zero, levels)
+
+  def step(best, factor):
+    candidate = grid_at(factor)
+    loss = error(weights, candidate, norm=norm).reshape(low.shape)
+    better = loss < best[0]
+    parts = (loss, candidate.scale, candidate.zero_point)
+    return tuple(jnp.where(better, new, old) for new, old in zip(parts, best, strict=True)), None
+
+  if steps == 1:
+    return grid_at(1.0)[:2]
+  factors = jnp.asarray(1 - np.arange(steps) / 100, weights.dtype)
+  start = (jnp.full_like(low, jnp.inf), *grid_at(1.0)[:2])
+  (_, scale, zero_point), _ = jax.lax.scan(step, start, factors)
+  return scale, zero_point
+
+
+def _ranges(weights, symmetric, include_zero):
+  """Lower and upper ends of the channels' ranges, each [1, ..., 1, channels]."""
+  axes = tuple(range(weights.ndim - 1))
+  low, high = (ends(weights, axis=axes, keepdims=True) for ends in (jnp.min, jnp.max))
+  if symmetric:
+    high = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    low = -high
+  else:
+    magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    widen = include_zero | (high - low < _MIN_SPREAD * magnitude)
+    low, high = (
+      jnp.where(widen, jnp.minimum(low, 0), low),
+      jnp.where(widen, jnp.maximum(high, 0), high),
+    )
+  empty = high - low < jnp.finfo(weights.dtype).tiny * 1e6  # no step would be a normal number
+  return jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
