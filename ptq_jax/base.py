@@ -24,7 +24,7 @@ PyTree = Any
 """Nested containers of arrays."""
 
 Variables = Mapping[str, Any]
-"""Flax variables: `{"params": ..., "batch_stats": ...}`, for one model or stacked (model axis first)."""
+"""Flax variables, `{"params": ..., "batch_stats": ...}`, of one model or stacked."""
 
 __all__ = [
   "Array",

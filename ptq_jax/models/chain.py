@@ -12,8 +12,8 @@ from ptq_jax.base import Array, Float
 class Chain(nn.Module):
   """Base of the models here: `setup` defines `stem`, the list `blocks`, and `head`.
 
-  `num_blocks` is the length of that list. Unit `name` is the submodule of that name: its variables are `variables["params"][name]` and
-  `variables["batch_stats"][name]`.
+  `num_blocks` is the length of that list. Unit `name` is the submodule of that name: its variables
+  are `variables["params"][name]` and `variables["batch_stats"][name]`.
   """
 
   def units(self) -> list[str]:

@@ -129,12 +129,12 @@ def _forward(geometry):
 
   def shared_images(function, images, kernels):
     """Kernels join the output channels; groups, if any, stay outermost."""
-    num_models, kh, kw, J, O = kernels.shape
-    grouped = kernels.reshape(num_models, kh, kw, J, geometry.groups, O // geometry.groups)
-    merged = jnp.moveaxis(grouped, 0, -2).reshape(kh, kw, J, num_models * O)
+    num_models, kh, kw, depth, features = kernels.shape
+    grouped = kernels.reshape(num_models, kh, kw, depth, geometry.groups, -1)
+    merged = jnp.moveaxis(grouped, 0, -2).reshape(kh, kw, depth, -1)
     out = function(images, merged)
-    out = out.reshape(*out.shape[:-1], geometry.groups, num_models, O // geometry.groups)
-    return jnp.moveaxis(out, -2, 0).reshape(num_models, *out.shape[:-3], O)
+    out = out.reshape(*out.shape[:-1], geometry.groups, num_models, -1)
+    return jnp.moveaxis(out, -2, 0).reshape(num_models, *out.shape[:-3], features)
 
   return _batched(geometry, one, shared_first=shared_images, shared_second=_join_batch)
 
@@ -205,7 +205,7 @@ BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 def square(features: int, size: int, stride: int = 1, **options) -> nn.Conv:
-  """A `size` x `size` convolution without bias, zero-padded so that stride 1 keeps the image size."""
+  """A `size` x `size` convolution without bias; with stride 1 it keeps the image size."""
   padding = (size // 2, (size - 1) // 2)
   return nn.Conv(
     features,

@@ -1,4 +1,4 @@
-"""ResNets for small images: 3x3 stem of stride 1, no max-pooling (He et al. 2016, arXiv 1512.03385).
+"""ResNets for small images: 3x3 stem of stride 1, no max-pooling (arXiv 1512.03385).
 
 `resnet18` with width 64 is the model of arXiv 2512.15335 (11.2 M parameters); `resnet8` and
 `resnet20` are He et al.'s CIFAR networks of three stages, with projection shortcuts.
@@ -36,9 +36,8 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, train: bool = False):
-    layer = lambda size, stride, name: ConvNorm(self.features, size, stride, self.dtype, name=name)
-    y = nn.relu(layer(3, self.stride, "conv1")(x, train))
-    y = layer(3, 1, "conv2")(y, train)
+    y = ConvNorm(self.features, 3, self.stride, self.dtype, name="conv1")(x, train)
+    y = ConvNorm(self.features, 3, 1, self.dtype, name="conv2")(nn.relu(y), train)
     return nn.relu(y + shortcut(self, x, self.features, train))
 
 
@@ -52,12 +51,9 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x, train: bool = False):
-    layer = lambda features, size, stride, name: ConvNorm(
-      features, size, stride, self.dtype, name=name
-    )
-    y = nn.relu(layer(self.features, 1, 1, "conv1")(x, train))
-    y = nn.relu(layer(self.features, 3, self.stride, "conv2")(y, train))
-    y = layer(4 * self.features, 1, 1, "conv3")(y, train)
+    y = ConvNorm(self.features, 1, 1, self.dtype, name="conv1")(x, train)
+    y = ConvNorm(self.features, 3, self.stride, self.dtype, name="conv2")(nn.relu(y), train)
+    y = ConvNorm(4 * self.features, 1, 1, self.dtype, name="conv3")(nn.relu(y), train)
     return nn.relu(y + shortcut(self, x, 4 * self.features, train))
 
 
@@ -69,7 +65,7 @@ def shortcut(block, x, features, train):
 
 
 class ResNet(chain.Chain):
-  """Stages of residual blocks; each stage after the first halves the image and doubles the width."""
+  """Stages of residual blocks; each after the first halves the image and doubles the width."""
 
   num_classes: int
   stages: tuple[int, ...] = (2, 2, 2, 2)
