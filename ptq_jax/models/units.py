@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
@@ -98,9 +97,7 @@ def layers(
   return list(found.values())
 
 
-def chain(
-  model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "n ..."]
-) -> list[Unit]:
+def chain(model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "n ..."]) -> list[Unit]:
   """The units of a model in order, each with its layers; see `layers` for arguments and errors.
 
   A model with methods `units()` and `run_unit(x, name, train)`, as all of our zoo have, is the
@@ -114,7 +111,9 @@ def chain(
     Unit(name, tuple(layer for layer in all_layers if layer.path.split(trees.SEPARATOR)[0] == name))
     for name in names
   ]
-  outside = [layer.path for layer in all_layers if layer.path.split(trees.SEPARATOR)[0] not in names]
+  outside = [
+    layer.path for layer in all_layers if layer.path.split(trees.SEPARATOR)[0] not in names
+  ]
   if outside:
     raise ValueError(f"layer {outside[0]!r} belongs to none of the model's units {names}.")
   return units
@@ -137,7 +136,7 @@ def _run_abstractly(model, variables, images):
   try:
     jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
   except (nn.module.errors.FlaxError, TypeError, IndexError, AssertionError) as error:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).split(" (https://")[0] or type(error).__name__
     raise ValueError(
       f"images of shape {np.shape(images)} do not fit {type(model).__name__}: {reason}"
     ) from error
@@ -235,8 +234,3 @@ def _unsupported(path: str, kind: str) -> ValueError:
     f"layer {path or 'the model itself'!r} is a {kind}, which cannot be quantized: "
     "only nn.Conv and nn.Dense are supported."
   )
-
-
-def abstract(tree):
-  """Shapes and dtypes of a tree of arrays, without its values."""
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

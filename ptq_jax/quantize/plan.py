@@ -1,0 +1,128 @@
+"""Which layer gets how many levels, and the record of what was done to each unit.
+
+A plan is a dict from layer path to levels; None keeps the layer in full precision.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ptq_jax.base import ArrayLike, Float, Int
+from ptq_jax.models.units import Layer
+from ptq_jax.quantize import grid
+from ptq_jax.quantize.grid import Grid
+
+FULL = "full"
+"""Says "full precision" where None already means "as the rest"."""
+
+LAST_LAYER_SWEEP = (3, 4, 8, 16, 256, FULL)
+"""Levels of the last layer in the sweep of arXiv 2512.15335, from coarsest to full precision."""
+
+Levels = int | None
+"""2 to 256, or None: full precision."""
+
+Plan = dict[str, Levels]
+"""Levels per layer path, every layer of the model listed, in execution order."""
+
+
+class Record(NamedTuple):
+  """What quantizing did to one unit (or layer), for P plans and M models.
+
+  The arrays are [P, M]; for one model under one plan they are scalars.
+  """
+
+  name: str
+  """Path of the layer or name of the unit."""
+  error_before: Float[ArrayLike, "..."]
+  """Output error of nearest rounding on the calibration set: mean over images and pixels of the
+  squared error summed over channels."""
+  error_after: Float[ArrayLike, "..."]
+  """The same after the method; never above `error_before`."""
+  steps: Int[ArrayLike, "..."]
+  """Optimisation steps taken; 0 for full precision and for methods that do not iterate."""
+  seconds: Float[ArrayLike, "..."]
+  """Wall-clock time, the time of a batch shared equally by what was in it."""
+  grids: Mapping[str, Grid]
+  """Per layer path the grid its weights lie on, leading axes [P, M]; levels 0: full precision."""
+
+
+def make(
+  layers: Sequence[Layer],
+  *,
+  levels: Levels,
+  last_layer_levels: int | Literal["full"] | None = None,
+  first_layer_levels: int | Literal["full"] | None = None,
+  overrides: Mapping[str, Levels] | None = None,
+) -> Plan:
+  """Levels for every layer of a model.
+
+  Args:
+    layers: in execution order, see `models.units.layers`.
+    levels: of every layer not named below; None: full precision.
+    last_layer_levels: of the last layer that runs, the classifier; None: as the rest; "full": full
+      precision. `first_layer_levels` likewise.
+    overrides: levels by path pattern ("blocks_0/*", see `fnmatch`); they win over all the above,
+      later patterns over earlier ones.
+  Raises:
+    ValueError: levels outside 2..256, or a pattern that matches no layer.
+  """
+  plan: Plan = {layer.path: levels for layer in layers}
+  paths = list(plan)
+  for path, chosen in ((paths[0], first_layer_levels), (paths[-1], last_layer_levels)):
+    if chosen is not None:
+      plan[path] = None if chosen == FULL else chosen
+  for pattern, chosen in (overrides or {}).items():
+    matches = fnmatch.filter(paths, pattern)
+    if not matches:
+      raise ValueError(f"override {pattern!r} matches no layer; the layers are {paths}.")
+    plan |= dict.fromkeys(matches, chosen)
+  check(plan, layers)
+  return plan
+
+
+def last_layer_sweep(
+  layers: Sequence[Layer], *, levels: int = 3, sweep: Sequence[int | str] = LAST_LAYER_SWEEP
+) -> list[Plan]:
+  """One plan per precision of the last layer, the rest at `levels`."""
+  return [make(layers, levels=levels, last_layer_levels=last) for last in sweep]
+
+
+def resolve(
+  layers: Sequence[Layer],
+  levels: Levels | Mapping[str, Levels],
+  last_layer_levels: int | Literal["full"] | None = None,
+) -> Plan:
+  """The plan that a caller's `levels` mean: one number for all layers, or a plan already.
+
+  Raises:
+    ValueError: a plan that misses a layer or names one that is not there; see `make`.
+  """
+  if not isinstance(levels, Mapping):
+    return make(layers, levels=levels, last_layer_levels=last_layer_levels)
+  plan = dict(levels)
+  check(plan, layers)
+  if last_layer_levels is not None:
+    plan[layers[-1].path] = None if last_layer_levels == FULL else last_layer_levels
+    check(plan, layers)
+  return plan
+
+
+def check(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> None:
+  """Raises ValueError unless the plan gives every layer, and nothing else, levels in 2..256."""
+  paths = [layer.path for layer in layers]
+  odd = sorted(set(plan) ^ set(paths))
+  if odd:
+    raise ValueError(f"plan and layers differ at {odd[0]!r}; the layers are {paths}.")
+  for chosen in plan.values():
+    if chosen is not None:
+      grid.check_levels(chosen)
+
+
+def bits_per_weight(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> float:
+  """log2(levels), weighted by the layers' numbers of weights; full precision counts 32 bits."""
+  sizes = [math.prod(layer.kernel_shape) for layer in layers]
+  bits = [32.0 if plan[layer.path] is None else math.log2(plan[layer.path]) for layer in layers]
+  return float(np.average(bits, weights=sizes))
