@@ -1,0 +1,485 @@
+"""Result records: what a results file holds, one mapping per line, and how to choose among them.
+
+Kinds: "run" (what ran, where, with what), "leakage" (one attack on one quantized variant), "unit"
+(reconstruction error of one unit), "warning", "exposure" (who is exposed, against full precision).
+A number with its interval is `{"value", "low", "high", "interval"}`; unknown parts are None.
+`levels` None means full precision, for the weights and for the last layer.
+"""
+
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Record = Mapping[str, Any]
+
+ATTACKERS = ("full_precision", "matched")
+"""Who attacks: with full-precision shadows, or with shadows quantized like the target."""
+
+METHODS = ("none", "nearest", "adaround", "brecq", "obc")
+"""The order of methods in tables and figures; others follow by name. "none" is full precision."""
+
+FEW_FALSE_POSITIVES = 10
+"""A rate resting on fewer false positives is marked in tables."""
+
+REQUIRED = {
+  "run": ("name", "config", "versions", "device", "command", "date", "seconds", "data", "model",
+          "models", "targets", "protocol"),
+  "leakage": ("method", "levels", "last_layer_levels", "attacker", "attack", "bits_per_weight",
+              "size_kb", "num_targets", "num_members", "num_non_members", "test_accuracy", "auc",
+              "balanced_accuracy", "tpr"),
+  "unit": ("method", "levels", "last_layer_levels", "unit", "error_nearest", "error_after"),
+  "warning": ("about", "message"),
+  "exposure": ("method", "levels", "last_layer_levels", "jaccard"),
+}  # fmt: skip
+"""Fields every record of a kind has. More fields are welcome and kept."""
+
+_MAPPINGS = {"run": ("config", "versions", "seconds", "data", "model")}
+_NUMBERS = {"leakage": ("test_accuracy", "auc", "balanced_accuracy"), "exposure": ("jaccard",)}
+_RATES = {"tpr": ("fpr",), "precision": ("prior", "fpr")}
+_PACKAGES = ("ptq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+
+
+class Variant(NamedTuple):
+  """A way of storing the model: method, levels of the weights, levels of the last layer."""
+
+  method: str
+  levels: int | None
+  last_layer_levels: int | None
+
+
+class Row(NamedTuple):
+  """One variant with the two attackers side by side; an attacker without a record is None."""
+
+  variant: Variant
+  full_precision: Record | None
+  matched: Record | None
+
+  @property
+  def any(self) -> Record:
+    """The record that holds what does not depend on the attacker: accuracy, bits, size."""
+    return self.full_precision or self.matched or {}
+
+  @property
+  def strongest(self) -> Record:
+    """The record of the attacker who knows most: matched shadows when they were measured."""
+    return self.matched or self.full_precision or {}
+
+
+class Difference(NamedTuple):
+  """A difference of two numbers and whether their intervals overlap (None: no intervals)."""
+
+  value: float
+  overlap: bool | None
+
+
+# ---- making records ----
+
+
+def number(value, low=None, high=None, *, interval: str | None = None) -> dict[str, Any]:
+  """A number with its interval; what is missing or not finite becomes None.
+
+  >>> number(0.5, 0.4, float("nan"))
+  {'value': 0.5, 'low': 0.4, 'high': None, 'interval': None}
+  """
+  return {
+    "value": _finite(value),
+    "low": _finite(low),
+    "high": _finite(high),
+    "interval": interval,
+  }
+
+
+def make(kind: str, **fields) -> dict[str, Any]:
+  """A checked record of plain Python values, ready for a JSON line; its key "kind" comes first.
+
+  Arrays become lists, NumPy and JAX scalars become numbers, what is not finite becomes None.
+
+  Args:
+    kind: "run", "leakage", "unit", "warning" or "exposure".
+    **fields: the fields of the kind (`REQUIRED`) and any others.
+  Raises:
+    ValueError: if the kind is unknown or a field is missing or malformed.
+  """
+  record = {"kind": kind} | {name: plain(value) for name, value in fields.items()}
+  validate(record)
+  return record
+
+
+def run(**fields) -> dict[str, Any]:
+  """A "run" record; `versions` and `device` are those of this process unless given."""
+  return make("run", **({"versions": versions(), "device": device()} | fields))
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that can change a result; absent ones left out."""
+  found = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def device() -> str:
+  """What JAX computes on, in words: "1 x NVIDIA H200" or "CPU, 2 cores"."""
+  devices = jax.devices()
+  if devices[0].platform == "cpu":
+    return f"CPU, {os.cpu_count()} cores"
+  return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def plain(value: Any) -> Any:
+  """The same value made of dicts, lists, strings, finite numbers, booleans and None.
+
+  >>> plain({"a": np.float32(0.5), "b": (1, float("inf"))})
+  {'a': 0.5, 'b': [1, None]}
+  """
+  if isinstance(value, Mapping):
+    return {str(name): plain(item) for name, item in value.items()}
+  if isinstance(value, np.ndarray | np.generic | jax.Array):
+    return plain(np.asarray(value).tolist())
+  if isinstance(value, list | tuple | set | frozenset):
+    return [plain(item) for item in value]
+  if isinstance(value, float):
+    return _finite(value)
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  return str(value)
+
+
+# ---- checking records ----
+
+
+def validate(record: Record) -> None:
+  """Checks one record.
+
+  Raises:
+    ValueError: names the kind, the field and what is wrong with it.
+  """
+  kind = record.get("kind")
+  if kind not in REQUIRED:
+    raise ValueError(f"a record has kind {kind!r}; known kinds are {', '.join(REQUIRED)}.")
+  for name in REQUIRED[kind]:
+    if name not in record:
+      raise ValueError(f"a {kind} record has no {name!r}; it has {', '.join(record)}.")
+  for name in _MAPPINGS.get(kind, ()):
+    if not isinstance(record[name], Mapping):
+      raise ValueError(f"{name!r} of a {kind} record is {record[name]!r}; it must be a mapping.")
+  for name in _NUMBERS.get(kind, ()):
+    _validate_number(kind, name, record[name])
+  for name, keys in _RATES.items():
+    if kind == "leakage":
+      _validate_rates(name, record.get(name, ()), keys)
+  if "levels" in REQUIRED[kind]:
+    _validate_variant(kind, record)
+  if kind == "leakage":
+    _validate_leakage(record)
+
+
+def validate_all(records: Iterable[Record]) -> None:
+  """Checks every record, and that no two leakage records are about the same thing.
+
+  Raises:
+    ValueError: names the record by its position, counted from 1 like the lines of a file.
+  """
+  seen: dict[tuple, int] = {}
+  for line, record in enumerate(records, start=1):
+    try:
+      validate(record)
+    except ValueError as error:
+      raise ValueError(f"record {line}: {error}") from None
+    if record["kind"] != "leakage":
+      continue
+    key = (variant(record), record["attacker"], record["attack"], _members(record))
+    if key in seen:
+      raise ValueError(
+        f"records {seen[key]} and {line} are both about {describe(key[0])}, attack"
+        f" {record['attack']!r}, attacker {record['attacker']!r}; keep one."
+      )
+    seen[key] = line
+
+
+def _validate_number(kind: str, name: str, value: Any) -> None:
+  if not isinstance(value, Mapping) or "value" not in value:
+    raise ValueError(
+      f"{name!r} of a {kind} record is {value!r}; it must be a mapping with 'value', 'low', 'high'."
+    )
+  for part in ("value", "low", "high"):
+    item = value.get(part)
+    if item is not None and (isinstance(item, bool) or not isinstance(item, int | float)):
+      raise ValueError(f"{name!r} of a {kind} record has {part} {item!r}; it must be a number.")
+
+
+def _validate_rates(name: str, rates: Any, keys: Sequence[str]) -> None:
+  if isinstance(rates, Mapping | str) or not isinstance(rates, Sequence):
+    raise ValueError(f"{name!r} of a leakage record is {rates!r}; it must be a list.")
+  for rate in rates:
+    _validate_number("leakage", name, rate)
+    for key in keys:
+      at = rate.get(key)
+      if isinstance(at, bool) or not isinstance(at, int | float) or not 0 < at <= 1:
+        raise ValueError(f"{name!r} of a leakage record has {key} {at!r}; it must be in (0, 1].")
+
+
+def _validate_variant(kind: str, record: Record) -> None:
+  for name in ("levels", "last_layer_levels"):
+    levels = record[name]
+    if levels is None:
+      continue
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+      raise ValueError(
+        f"{name!r} of a {kind} record is {levels!r}; it must be an integer of at least 2, or null"
+        " for full precision."
+      )
+
+
+def _validate_leakage(record: Record) -> None:
+  if record["attacker"] not in ATTACKERS:
+    raise ValueError(
+      f"a leakage record has attacker {record['attacker']!r}; use {' or '.join(ATTACKERS)}."
+    )
+  curve = record.get("curve")
+  if curve is not None and len(curve["fpr"]) != len(curve["tpr"]):
+    raise ValueError(
+      f"the curve of a leakage record has {len(curve['fpr'])} fpr but {len(curve['tpr'])} tpr."
+    )
+
+
+# ---- choosing records ----
+
+
+def select(records: Iterable[Record], kind: str, **equal) -> list[Record]:
+  """The records of a kind whose fields equal the given values, in order.
+
+  Leakage measured on part of the members ("members" other than "all") is left out unless asked
+  for with `members=...`.
+  """
+  if kind == "leakage":
+    equal = {"members": "all"} | equal
+  return [
+    record
+    for record in records
+    if record["kind"] == kind
+    and all((_members(record) if k == "members" else record.get(k)) == v for k, v in equal.items())
+  ]
+
+
+def variant(record: Record) -> Variant:
+  """What the record is about."""
+  return Variant(record["method"], record["levels"], record["last_layer_levels"])
+
+
+def variants(records: Iterable[Record]) -> list[Variant]:
+  """Distinct variants of leakage records: full precision first, then by method, widest first."""
+  found = {variant(record) for record in records if record["kind"] == "leakage"}
+  return sorted(found, key=order)
+
+
+def order(which: Variant) -> tuple:
+  """Sort key: full precision, then methods in the order of `METHODS`, widest grids first."""
+  known = METHODS.index(which.method) if which.method in METHODS else len(METHODS)
+  return (known, which.method, -_width(which.levels), -_width(which.last_layer_levels))
+
+
+def side_by_side(records: Sequence[Record], *, attack: str | None = None) -> list[Row]:
+  """One row per variant with the leakage records of its two attackers; full precision on top.
+
+  Args:
+    records: any records.
+    attack: which attack; default `main_attack(records)`.
+  """
+  attack = main_attack(records) if attack is None else attack
+  leakage = select(records, "leakage", attack=attack)
+  found = {(variant(record), record["attacker"]): record for record in leakage}
+  return [
+    Row(which, *(found.get((which, attacker)) for attacker in ATTACKERS))
+    for which in variants(leakage)
+  ]
+
+
+def main_attack(records: Iterable[Record]) -> str:
+  """The attack that tables and figures show: "lira_online", or else the first one recorded."""
+  names = [record["attack"] for record in select(records, "leakage")]
+  return "lira_online" if "lira_online" in names or not names else names[0]
+
+
+def main_rows(rows: Sequence[Row]) -> list[Row]:
+  """One row per (method, levels): where the last layer was swept, its usual precision.
+
+  Usual is 256 levels beside three-level weights, else the levels of the weights themselves (as
+  in arXiv 2512.15335); if that was not measured, the finest last layer that was.
+  """
+  groups: dict[tuple, list[Row]] = {}
+  for row in rows:
+    groups.setdefault(row.variant[:2], []).append(row)
+  chosen = []
+  for (_, levels), group in groups.items():
+    usual = 256 if levels == 3 else levels
+    by_last = {row.variant.last_layer_levels: row for row in group}
+    chosen.append(by_last.get(usual, group[0]))
+  return chosen
+
+
+def sweeps(rows: Sequence[Row]) -> dict[tuple[str, int | None], list[Row]]:
+  """Rows by (method, levels) where several last-layer precisions were measured."""
+  groups: dict[tuple[str, int | None], list[Row]] = {}
+  for row in rows:
+    groups.setdefault((row.variant.method, row.variant.levels), []).append(row)
+  return {key: group for key, group in groups.items() if len(group) > 1}
+
+
+def false_positive_rates(records: Iterable[Record]) -> list[float]:
+  """The distinct FPR at which leakage records hold a TPR, largest first."""
+  found = {tpr["fpr"] for record in select(records, "leakage") for tpr in record["tpr"]}
+  return sorted(found, reverse=True)
+
+
+def tpr_at(record: Record | None, fpr: float, rule: str = "at_most") -> Record | None:
+  """The record's TPR entry at an FPR: by the given rule, else by any; None if not measured."""
+  entries = [t for t in (record or {}).get("tpr", ()) if math.isclose(t["fpr"], fpr)]
+  by_rule = [entry for entry in entries if entry.get("rule", rule) == rule]
+  return next(iter(by_rule or entries), None)
+
+
+def solid_fpr(
+  records: Sequence[Record], *, attack: str | None = None, among: Sequence[float] | None = None
+) -> float | None:
+  """The FPR that headlines and plots use: the smallest at which no TPR of the attack is weak.
+
+  Args:
+    records: any records.
+    attack: which attack; default `main_attack(records)`.
+    among: the FPRs to choose from; default all that were recorded.
+  Returns:
+    An FPR recorded in every leakage record of the attack, the largest of them if a TPR is weak
+    (`weakness`) at each; None if there is no such FPR.
+  """
+  rows = side_by_side(records, attack=attack)
+  shown = [record for row in rows for record in row[1:] if record is not None]
+  rates = [
+    fpr
+    for fpr in (false_positive_rates(shown) if among is None else sorted(among, reverse=True))
+    if shown and all(tpr_at(record, fpr) for record in shown)
+  ]
+  solid = [
+    fpr for fpr in rates if not any(weakness(record, tpr_at(record, fpr)) for record in shown)
+  ]
+  return min(solid) if solid else max(rates, default=None)
+
+
+def weakness(record: Record | None, tpr: Record | None) -> str | None:
+  """Why a TPR should not be trusted alone: "non_members", "false_positives" or None.
+
+  "non_members": a target has fewer non-members than 1/FPR, so one false positive is already too
+  many. "false_positives": the rate rests on fewer than `FEW_FALSE_POSITIVES` of them.
+  """
+  if record is None or tpr is None:
+    return None
+  non_members, count = record.get("num_non_members"), tpr.get("false_positives")
+  if non_members is not None and non_members * tpr["fpr"] < 1 - 1e-9:
+    return "non_members"
+  if count is not None and count < FEW_FALSE_POSITIVES:
+    return "false_positives"
+  return None
+
+
+def difference(number: Record | None, reference: Record | None) -> Difference | None:
+  """`number - reference` and whether the two intervals overlap; None if a value is missing."""
+  value, base = value_of(number), value_of(reference)
+  if value is None or base is None:
+    return None
+  bounds = (*bounds_of(number), *bounds_of(reference))
+  if None in bounds:
+    return Difference(value - base, None)
+  low, high, reference_low, reference_high = bounds
+  return Difference(value - base, low <= reference_high and reference_low <= high)
+
+
+def value_of(number: Record | None) -> float | None:
+  """The value of a number with interval; None if missing or not finite."""
+  return None if number is None else _finite(number.get("value"))
+
+
+def bounds_of(number: Record | None) -> tuple[float | None, float | None]:
+  """The interval of a number; a bound that is missing or not finite is None."""
+  number = number or {}
+  return _finite(number.get("low")), _finite(number.get("high"))
+
+
+# ---- words ----
+
+_METHOD_NAMES = {
+  "none": "full precision",
+  "nearest": "nearest",
+  "adaround": "AdaRound",
+  "brecq": "BRECQ",
+  "obc": "OBC",
+}
+_ATTACK_WORDS = {"lira": "LiRA", "rmia": "RMIA"}
+
+
+def bits(levels: int | None) -> str:
+  """Bits of a grid as written: 3 levels are "1.58", None is "full".
+
+  >>> [bits(levels) for levels in (3, 4, 5, 256, None)]
+  ['1.58', '2', '2.32', '8', 'full']
+  """
+  if levels is None:
+    return "full"
+  width = math.log2(levels)
+  return f"{width:.0f}" if width.is_integer() else f"{width:.2f}"
+
+
+def method_name(method: str) -> str:
+  """A method as written: "adaround" is "AdaRound"; unknown names stay as they are."""
+  return _METHOD_NAMES.get(method, method)
+
+
+def attack_name(attack: str) -> str:
+  """An attack as written.
+
+  >>> attack_name("lira_online"), attack_name("loss_threshold")
+  ('LiRA online', 'loss threshold')
+  """
+  return " ".join(_ATTACK_WORDS.get(word, word) for word in attack.split("_"))
+
+
+def describe(which: Variant) -> str:
+  """A variant in words.
+
+  >>> describe(Variant("adaround", 3, 256)), describe(Variant("none", None, None))
+  ('AdaRound at 1.58 bit (last layer 8 bit)', 'full precision')
+  """
+  if which.method == "none":
+    return method_name("none")
+  words = f"{method_name(which.method)} at {_bit_words(which.levels)}"
+  if which.last_layer_levels == which.levels:
+    return words
+  return f"{words} (last layer {_bit_words(which.last_layer_levels)})"
+
+
+def _bit_words(levels: int | None) -> str:
+  return "full precision" if levels is None else f"{bits(levels)} bit"
+
+
+def _width(levels: int | None) -> float:
+  return math.inf if levels is None else float(levels)
+
+
+def _members(record: Record) -> str:
+  return record.get("members", "all")
+
+
+def _finite(value: Any) -> float | None:
+  """A finite Python number, or None."""
+  if value is None:
+    return None
+  value = float(value)
+  return value if math.isfinite(value) else None

@@ -1,0 +1,522 @@
+"""Tables of result records, as plain text for a terminal, as Markdown and as CSV.
+
+`results`, `attacks`, `precision`, `units` and `warnings` build a `Table` from records; `to_text`
+and `to_markdown` write one. `to_csv` writes every number of the leakage records.
+"""
+
+import csv
+import io
+import math
+import re
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ptq_jax.report import records as records_lib
+from ptq_jax.report.records import Record, Row
+
+MISSING = "\u2013"
+"""Shown where nothing was measured."""
+
+TO = "\u2013"
+"""Between the bounds of an interval."""
+
+SAME = "same"
+"""Shown for matched shadows of a full-precision target: they are the full-precision shadows."""
+
+_NARROWEST = 8
+
+MARKS = {"false_positives": "†", "non_members": "‡"}
+OVERLAP = "≈"
+
+
+class Column(NamedTuple):
+  """A column: heading (lines split by newline), heading shared with its neighbours, alignment."""
+
+  name: str
+  group: str = ""
+  words: bool = False  # left-aligned and may be shortened
+
+
+class Cell(NamedTuple):
+  """What a cell shows."""
+
+  text: str
+  below: str = ""  # the interval
+  sort: int | float | str | None = None  # the exact value
+  mark: str = ""  # a footnote mark, outside the alignment of the digits
+
+
+class Table(NamedTuple):
+  """A titled table with notes below it; every row has one cell per column."""
+
+  title: str
+  columns: list[Column]
+  rows: list[list[Cell]]
+  notes: list[str]
+
+
+# ---- tables ----
+
+
+def results(
+  records: Sequence[Record],
+  *,
+  attack: str | None = None,
+  fprs: Sequence[float] = (0.01, 0.001),
+  rule: str = "at_most",
+) -> Table:
+  """The result table: accuracy beside leakage to both attackers, one row per variant.
+
+  Args:
+    records: any records; the leakage records are shown.
+    attack: which attack; default `records.main_attack`.
+    fprs: false-positive rates whose TPR is shown.
+    rule: the rule by which TPR is read off the ROC curve where several were recorded.
+  """
+  attack = records_lib.main_attack(records) if attack is None else attack
+  rows = records_lib.side_by_side(records, attack=attack)
+  headline = records_lib.solid_fpr(records, attack=attack, among=fprs)
+  columns = [
+    Column("method", words=True),
+    Column("bits"),
+    Column("last\nlayer"),
+    Column("test\naccuracy %"),
+  ]
+  for group in ("full-precision shadows", "matched shadows"):
+    columns.append(Column("AUC", group))
+    columns.extend(Column(f"TPR % at\n{percent_words(fpr)} FPR", group) for fpr in fprs)
+  columns += [Column("under-\nestimate"), Column("bits per\nweight"), Column("size\nkB")]
+  cells = [_result_row(row, fprs, rule, headline) for row in rows]
+  title = f"Accuracy and leakage to {records_lib.attack_name(attack)}"
+  return Table(title, columns, cells, _result_notes(rows, cells, headline))
+
+
+def attacks(records: Sequence[Record], *, rule: str = "at_most") -> Table:
+  """Every leakage record on one line: AUC, balanced accuracy and TPR at every recorded FPR."""
+  leakage = records_lib.select(records, "leakage")
+  part = [r for r in records if r["kind"] == "leakage" and r not in leakage]
+  fprs = records_lib.false_positive_rates(leakage)
+  columns = [*_variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
+  if part:
+    columns.append(Column("members", words=True))
+  columns += [Column("AUC"), Column("balanced\naccuracy %")]
+  columns += [Column(f"TPR % at\n{percent_words(fpr)} FPR") for fpr in fprs]
+  rows = []
+  for record in sorted(leakage + part, key=lambda r: records_lib.order(records_lib.variant(r))):
+    row = [*_variant_cells(records_lib.variant(record)), *_attack_cells(record)]
+    if part:
+      row.append(_words(record.get("members", "all")))
+    row += [_number(record["auc"], 1.0, 3), _number(record["balanced_accuracy"], 100.0, 1)]
+    row += [_rate(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
+    rows.append(row)
+  return Table("All attacks", columns, rows, [*_interval_notes(leakage), *_mark_notes(rows)])
+
+
+def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
+  """Share of true members among those accused, by prior membership and FPR, for one attack."""
+  attack = records_lib.main_attack(records) if attack is None else attack
+  leakage = [r for r in records_lib.select(records, "leakage", attack=attack) if r.get("precision")]
+  keys = sorted({(e["prior"], e["fpr"]) for r in leakage for e in r["precision"]}, reverse=True)
+  columns = [*_variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
+  columns += [
+    Column(f"prior {percent_words(prior)}", f"precision % at {percent_words(fpr)} FPR")
+    for fpr, prior in sorted(((fpr, prior) for prior, fpr in keys), reverse=True)
+  ]
+  rows = []
+  for record in sorted(leakage, key=lambda r: records_lib.order(records_lib.variant(r))):
+    entries = {(e["fpr"], e["prior"]): e for e in record["precision"]}
+    row = [*_variant_cells(records_lib.variant(record)), *_attack_cells(record)]
+    row += [
+      _number(entries.get(key), 100.0, 1)
+      for key in sorted({(fpr, prior) for prior, fpr in keys}, reverse=True)
+    ]
+    rows.append(row)
+  return Table("Precision of an accusation", columns, rows, _interval_notes(leakage))
+
+
+def units(records: Sequence[Record]) -> Table:
+  """Reconstruction error of every unit: nearest rounding against the method (mean over models)."""
+  columns = [
+    *_variant_columns(),
+    Column("unit", words=True),
+    Column("error\nnearest"),
+    Column("error\nmethod"),
+    Column("kept %"),
+    Column("steps"),
+    Column("seconds"),
+  ]
+  found = records_lib.select(records, "unit")
+  rows = []
+  for record in sorted(found, key=lambda r: records_lib.order(records_lib.variant(r))):
+    before, after = record["error_nearest"], record["error_after"]
+    kept = 100 * after / before if before and after is not None else None
+    rows.append(
+      [
+        *_variant_cells(records_lib.variant(record)),
+        _words(record["unit"]),
+        _scientific(before),
+        _scientific(after),
+        Cell(_fixed(kept, 1), sort=kept),
+        Cell(_fixed(record.get("steps"), 0), sort=record.get("steps")),
+        Cell(_fixed(record.get("seconds"), 2), sort=record.get("seconds")),
+      ]
+    )
+  notes = ["Kept: error of the method in % of the error of nearest rounding; above 100 is worse."]
+  return Table("Reconstruction error per unit", columns, rows, notes)
+
+
+def warnings(records: Sequence[Record]) -> Table:
+  """What the audit warns about, in the order it was recorded."""
+  found = records_lib.select(records, "warning")
+  columns = [Column("about", words=True), Column("warning", words=True)]
+  rows = [[_words(record["about"]), _words(record["message"])] for record in found]
+  return Table("Warnings", columns, rows, [])
+
+
+# ---- writing ----
+
+
+def to_text(table: Table, *, width: int = 140) -> str:
+  """The table as aligned plain text, ending in a newline; long words are wrapped to fit.
+
+  Args:
+    table: a table.
+    width: columns of the terminal. Only columns of words shrink, so a narrow one may overflow.
+  """
+  if not table.rows:
+    return f"{table.title}: none recorded.\n"
+  widths, gutters = _widths(table, width), _gutters(table)
+  room = sum(widths) + 2 * (len(widths) - 1)
+  lines = [clean(table.title), "", *_group_lines(table.columns, widths)]
+  headings = [column.name.split("\n") for column in table.columns]
+  height = max(map(len, headings))
+  padded = [[""] * (height - len(heading)) + heading for heading in headings]
+  lines += _lines(padded, table.columns, widths)
+  lines.append("─" * room)
+  for previous, row in zip([None, *table.rows], table.rows, strict=False):
+    if previous and table.columns[0].name == "method" and previous[0].text != row[0].text:
+      lines.append("")
+    parts = [
+      _cell_lines(cell, column, size, gutter)
+      for cell, column, size, gutter in zip(row, table.columns, widths, gutters, strict=True)
+    ]
+    lines += _lines(parts, table.columns, widths)
+  notes = [line for note in table.notes for line in textwrap.wrap(clean(note), max(room, 80))]
+  return "\n".join(line.rstrip() for line in [*lines, "", *notes]).rstrip() + "\n"
+
+
+def to_markdown(table: Table) -> str:
+  """The table as GitHub-flavoured Markdown with its title as a heading, ending in a newline."""
+  if not table.rows:
+    return f"### {escape_markdown(table.title)}\n\nNone recorded.\n"
+  headings = [_markdown_heading(column) for column in table.columns]
+  rules = [":--" if column.words else "--:" for column in table.columns]
+  lines = [f"### {escape_markdown(table.title)}", "", _pipes(headings), _pipes(rules)]
+  for row in table.rows:
+    lines.append(_pipes([_markdown_cell(cell) for cell in row]))
+  if table.notes:
+    lines += ["", "<br>".join(escape_markdown(note) for note in table.notes)]
+  return "\n".join(lines) + "\n"
+
+
+def to_csv(records: Sequence[Record]) -> str:
+  """Every number of the leakage records, exact: one line per (variant, attacker, attack).
+
+  Columns are the fields of the record; a number takes four (itself, `_low`, `_high`, `_interval`).
+  TPR columns are named by FPR and rule, precision columns by prior and FPR. Full precision is
+  written "full", what is missing is empty. Rates are fractions in [0, 1].
+  """
+  leakage = [record for record in records if record["kind"] == "leakage"]
+  flat = [_flat(record) for record in leakage]
+  names = list(dict.fromkeys(name for row in flat for name in row))
+  out = io.StringIO()
+  writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
+  writer.writeheader()
+  for _, row in sorted(
+    enumerate(flat), key=lambda i: (records_lib.order(records_lib.variant(leakage[i[0]])), i[0])
+  ):
+    writer.writerow(row)
+  return out.getvalue()
+
+
+def percent_words(fraction: float) -> str:
+  """A fraction as per cent without trailing zeros.
+
+  >>> percent_words(0.01), percent_words(0.00001)
+  ('1%', '0.001%')
+  """
+  return f"{100 * fraction:.6f}".rstrip("0").rstrip(".") + "%"
+
+
+def rate_decimals(fpr: float) -> int:
+  """Decimals of a TPR in per cent such that chance (TPR = FPR) shows two digits.
+
+  >>> rate_decimals(0.1), rate_decimals(0.01), rate_decimals(0.001)
+  (1, 1, 2)
+  """
+  return max(1, math.ceil(-math.log10(fpr) - 1e-9) - 1)
+
+
+def clean(text: str) -> str:
+  """The text on one line without control characters: names may come from anywhere."""
+  return "".join(c if c.isprintable() else " " for c in text)
+
+
+def escape_markdown(text: str) -> str:
+  """The text as literal Markdown inside a table cell."""
+  text = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+  return re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", text)
+
+
+# ---- rows and cells ----
+
+
+def _result_row(row: Row, fprs: Sequence[float], rule: str, headline: float | None) -> list[Cell]:
+  base = row.any
+  cells = [*_variant_cells(row.variant), _number(base["test_accuracy"], 100.0, 1)]
+  for attacker, record in zip(records_lib.ATTACKERS, row[1:], strict=True):
+    if record is None:
+      same = attacker == "matched" and row.variant.method == "none"
+      cells += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
+      continue
+    cells.append(_number(record["auc"], 1.0, 3))
+    cells += [_rate(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
+  return [*cells, _underestimate(row, headline, rule), *_size_cells(base)]
+
+
+def _underestimate(row: Row, fpr: float | None, rule: str) -> Cell:
+  """Matched minus full-precision TPR in percentage points, marked where intervals overlap."""
+  if fpr is None:
+    return Cell(MISSING)
+  gap = records_lib.difference(
+    records_lib.tpr_at(row.matched, fpr, rule), records_lib.tpr_at(row.full_precision, fpr, rule)
+  )
+  if gap is None:
+    return Cell(MISSING)
+  text = f"{100 * gap.value:+.{rate_decimals(fpr)}f}"
+  return Cell(text, sort=gap.value, mark=OVERLAP if gap.overlap else "")
+
+
+def _size_cells(record: Record) -> list[Cell]:
+  weight, size = record["bits_per_weight"], record["size_kb"]
+  decimals = 1 if size is not None and size < 1000 else 0
+  return [Cell(_fixed(weight, 2), sort=weight), Cell(_fixed(size, decimals), sort=size)]
+
+
+def _variant_columns() -> list[Column]:
+  return [Column("method", words=True), Column("bits"), Column("last\nlayer")]
+
+
+def _variant_cells(which: records_lib.Variant) -> list[Cell]:
+  last = "full" if which.method == "none" else records_lib.bits(which.last_layer_levels)
+  return [
+    _words(records_lib.method_name(which.method)),
+    Cell(records_lib.bits(which.levels), sort=which.levels),
+    Cell(last, sort=which.last_layer_levels),
+  ]
+
+
+def _attack_cells(record: Record) -> list[Cell]:
+  shadows = {"full_precision": "full precision"}.get(record["attacker"], record["attacker"])
+  return [_words(shadows), _words(records_lib.attack_name(record["attack"]))]
+
+
+def _words(text: Any) -> Cell:
+  return Cell(str(text), sort=str(text).lower())
+
+
+def _number(number: Record | None, scale: float, decimals: int) -> Cell:
+  value = records_lib.value_of(number)
+  if value is None:
+    return Cell(MISSING)
+  return Cell(_fixed(scale * value, decimals), interval_words(number, scale, decimals), sort=value)
+
+
+def _rate(record: Record, tpr: Record | None) -> Cell:
+  if tpr is None or records_lib.value_of(tpr) is None:
+    return Cell(MISSING)
+  cell = _number(tpr, 100.0, rate_decimals(tpr["fpr"]))
+  return cell._replace(mark=MARKS.get(records_lib.weakness(record, tpr), ""))
+
+
+def interval_words(number: Record | None, scale: float = 1.0, decimals: int = 3) -> str:
+  """The interval of a number as "low–high", or nothing if a bound is missing."""
+  low, high = records_lib.bounds_of(number)
+  if low is None or high is None:
+    return ""
+  return f"{_fixed(scale * low, decimals)}{TO}{_fixed(scale * high, decimals)}"
+
+
+def _fixed(value: Any, decimals: int) -> str:
+  if value is None or not math.isfinite(value):
+    return MISSING
+  return f"{value:,.{decimals}f}"
+
+
+def _scientific(value: Any) -> Cell:
+  if value is None or not math.isfinite(value):
+    return Cell(MISSING)
+  return Cell(f"{value:.3e}", sort=value)
+
+
+# ---- notes ----
+
+
+def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | None) -> list[str]:
+  shown = [record for row in rows for record in row[1:] if record is not None]
+  notes = _interval_notes(shown)
+  if fpr is not None and any(row.matched and row.full_precision for row in rows):
+    notes.append(
+      f"Underestimate: TPR at {percent_words(fpr)} FPR with matched shadows minus with"
+      " full-precision shadows, in percentage points: what an attacker who does not quantize its"
+      f" shadows misses. {OVERLAP} the two intervals overlap."
+    )
+  return notes + _mark_notes(cells)
+
+
+def _interval_notes(leakage: Sequence[Record]) -> list[str]:
+  numbers = [r[name] for r in leakage for name in ("test_accuracy", "auc", "balanced_accuracy")]
+  numbers += [tpr for record in leakage for tpr in record["tpr"]]
+  names = sorted({n["interval"] for n in numbers if n.get("interval")})
+  return [f"Intervals: {'; '.join(names)}."] if names else []
+
+
+def _mark_notes(cells: list[list[Cell]]) -> list[str]:
+  words = {
+    MARKS["false_positives"]: f"rests on fewer than {records_lib.FEW_FALSE_POSITIVES} false"
+    " positives",
+    MARKS["non_members"]: "a target has fewer non-members than 1/FPR: not even one false positive"
+    " is allowed",
+  }
+  used = {cell.mark for row in cells for cell in row}
+  return [f"{mark} {note}." for mark, note in words.items() if mark in used]
+
+
+# ---- layout of plain text ----
+
+
+def _widths(table: Table, width: int) -> list[int]:
+  """Widths of the columns; while the table is too wide, its widest column of words shrinks."""
+  widths = []
+  for i, (column, gutter) in enumerate(zip(table.columns, _gutters(table), strict=True)):
+    parts = column.name.split("\n")
+    parts += [clean(part) + gutter * " " for row in table.rows for part in row[i][:2]]
+    widths.append(max(map(_display_width, parts)))
+  for group, members in _groups(table.columns):
+    lack = len(group) + 4 - sum(widths[i] for i in members) - 2 * (len(members) - 1)
+    if group and lack > 0:
+      widths[members[-1]] += lack
+  flexible = [i for i, column in enumerate(table.columns) if column.words]
+  while flexible and sum(widths) + 2 * (len(widths) - 1) > width:
+    widest = max(flexible, key=lambda i: widths[i])
+    if widths[widest] <= _NARROWEST:
+      break
+    widths[widest] -= 1
+  return widths
+
+
+def _gutters(table: Table) -> list[int]:
+  """Room for marks to the right of each column's digits."""
+  return [max(len(row[i].mark) for row in table.rows) for i in range(len(table.columns))]
+
+
+def _groups(columns: Sequence[Column]) -> list[tuple[str, list[int]]]:
+  groups: list[tuple[str, list[int]]] = []
+  for i, column in enumerate(columns):
+    if groups and groups[-1][0] == column.group:
+      groups[-1][1].append(i)
+    else:
+      groups.append((column.group, [i]))
+  return groups
+
+
+def _group_lines(columns: Sequence[Column], widths: Sequence[int]) -> list[str]:
+  if not any(column.group for column in columns):
+    return []
+  parts = []
+  for group, members in _groups(columns):
+    room = sum(widths[i] for i in members) + 2 * (len(members) - 1)
+    parts.append(f" {group} ".center(room, "─") if group else " " * room)
+  return ["  ".join(parts)]
+
+
+def _cell_lines(cell: Cell, column: Column, width: int, gutter: int) -> list[str]:
+  """The lines of one cell: words wrapped, a number with its interval below."""
+  if column.words:
+    return textwrap.wrap(clean(cell.text), width) or [""]
+  return [clean(cell.text) + cell.mark.ljust(gutter), clean(cell.below) + gutter * " "]
+
+
+def _lines(
+  parts: Sequence[Sequence[str]], columns: Sequence[Column], widths: Sequence[int]
+) -> list[str]:
+  """The lines of a row of cells, each cell padded to its column and filled up with blanks."""
+  height = max(i + 1 for part in parts for i, line in enumerate(part) if line.strip())
+  lines = []
+  for i in range(height):
+    padded = []
+    for part, column, width in zip(parts, columns, widths, strict=True):
+      text = part[i] if i < len(part) else ""
+      space = " " * (width - _display_width(text))
+      padded.append(text + space if column.words else space + text)
+    lines.append("  ".join(padded))
+  return lines
+
+
+def _display_width(text: str) -> int:
+  return sum(
+    0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+    for c in text
+  )
+
+
+# ---- Markdown and CSV ----
+
+
+def _markdown_heading(column: Column) -> str:
+  name = column.name.replace("-\n", "").replace("\n", " ")
+  return f"{column.group}:<br>{name}" if column.group else name
+
+
+def _markdown_cell(cell: Cell) -> str:
+  text = escape_markdown(cell.text) + cell.mark
+  return f"{text}<br><sub>{escape_markdown(cell.below)}</sub>" if cell.below else text
+
+
+def _pipes(parts: Sequence[str]) -> str:
+  return f"| {' | '.join(parts)} |"
+
+
+def _flat(record: Record) -> dict[str, Any]:
+  flat = {
+    "method": record["method"],
+    "levels": "full" if record["levels"] is None else record["levels"],
+    "bits": records_lib.bits(record["levels"]),
+    "last_layer_levels": "full"
+    if record["last_layer_levels"] is None
+    else record["last_layer_levels"],
+  }
+  plain = ("attacker", "attack", "members", "bits_per_weight", "size_kb", "num_targets",
+           "num_members", "num_non_members")  # fmt: skip
+  flat |= {name: record.get(name, "all" if name == "members" else None) for name in plain}
+  for name in ("test_accuracy", "auc", "balanced_accuracy"):
+    flat |= _flat_number(name, record[name])
+  for entry in record["tpr"]:
+    name = f"tpr_at_{entry['fpr']:g}" + (f"_{entry['rule']}" if "rule" in entry else "")
+    flat |= _flat_number(name, entry)
+    flat[f"{name}_false_positives"] = entry.get("false_positives")
+  for entry in record.get("precision", ()):
+    flat |= _flat_number(f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}", entry)
+  return {name: "" if value is None else value for name, value in flat.items()}
+
+
+def _flat_number(name: str, number: Record) -> dict[str, Any]:
+  low, high = records_lib.bounds_of(number)
+  return {
+    name: records_lib.value_of(number),
+    f"{name}_low": low,
+    f"{name}_high": high,
+    f"{name}_interval": number.get("interval"),
+  }

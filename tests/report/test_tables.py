@@ -1,0 +1,205 @@
+import csv
+import io
+import math
+
+import pytest
+
+from ptq_jax.report import records, tables
+
+
+def cell(table, row, heading, group=""):
+  [index] = [i for i, c in enumerate(table.columns) if (c.name, c.group) == (heading, group)]
+  return table.rows[row][index]
+
+
+FULL, MATCHED = "full-precision shadows", "matched shadows"
+
+
+def test_results_show_both_attackers_side_by_side(example):
+  plain = example.rate(0.02, fpr=0.01, rule="at_most", false_positives=250)
+  matched = example.rate(0.04, fpr=0.01, rule="at_most", false_positives=250)
+  table = tables.results(
+    [
+      example.leakage("obc", 3, 256, "matched", tpr=[matched], accuracy=0.5),
+      example.leakage("obc", 3, 256, tpr=[plain], accuracy=0.5),
+      example.leakage(),
+    ],
+    fprs=(0.01,),
+  )
+  assert [row[0].text for row in table.rows] == ["full precision", "OBC"]
+  assert [c.text for c in table.rows[1][:3]] == ["OBC", "1.58", "8"]
+  assert cell(table, 1, "test\naccuracy %")[:2] == ("50.0", "49.5\u201350.5")
+  assert cell(table, 1, "TPR % at\n1% FPR", FULL)[:2] == ("2.0", "1.8\u20132.2")
+  assert cell(table, 1, "TPR % at\n1% FPR", MATCHED)[:2] == ("4.0", "3.6\u20134.4")
+  assert cell(table, 1, "under-\nestimate").text == "+2.0"
+  assert cell(table, 1, "under-\nestimate").mark == ""
+  assert cell(table, 0, "AUC", MATCHED).text == tables.SAME
+  assert cell(table, 0, "under-\nestimate").text == tables.MISSING
+  assert any("95 %" in note for note in table.notes)
+
+
+def test_overlapping_intervals_are_marked(example):
+  pair = [
+    example.leakage("obc", 3, 3, attacker, separation=separation)
+    for attacker, separation in [("full_precision", 1.0), ("matched", 1.01)]
+  ]
+  table = tables.results(pair)
+  assert cell(table, 0, "under-\nestimate").mark == "≈"
+  assert "≈" in tables.to_text(table)
+
+
+@pytest.mark.parametrize(("non_members", "mark"), [(25_000, ""), (2_000, "†"), (900, "‡")])
+def test_weak_rates_carry_a_mark_and_a_footnote(example, non_members, mark):
+  table = tables.results([example.leakage(non_members=non_members)])
+  assert cell(table, 0, "TPR % at\n0.1% FPR", FULL).mark == mark
+  text = tables.to_text(table)
+  assert ("†" in text, "‡" in text) == (mark == "†" or non_members == 900, mark == "‡")
+  assert ("fewer than 10 false positives" in text) == ("†" in text)
+  assert ("fewer non-members than 1/FPR" in text) == ("‡" in text)
+
+
+def test_text_is_aligned_and_fits_a_terminal(example):
+  text = tables.to_text(tables.results(example.audit(non_members=2000)))
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= 140
+  rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
+  body = [
+    line for line in lines[rule + 1 :] if line.startswith(("full", "near", "Ada", "BR", "OB"))
+  ]
+  assert len(body) == 1 + 4 * 3 + 3 * 4
+  [end] = [line.index("accuracy %") + len("accuracy %") for line in lines if "accuracy %" in line]
+  assert [float(line[end - 4 : end]) for line in body][:2] == [70.0, 69.2]
+  assert all(line[end - 5] == line[end] == " " and line[end - 2] == "." for line in body)
+
+
+def test_long_names_wrap_and_strange_ones_stay_on_their_line(example):
+  name = "a_very_long_method_name_" * 6
+  text = tables.to_text(
+    tables.results([example.leakage(name, 4, 4), example.leakage("x\ny\x1b[31m", 4, 4)])
+  )
+  assert max(map(len, text.splitlines())) <= 140
+  assert "\x1b" not in text
+  assert "x y [31m" in text
+  joined = "".join(line[:24].strip() for line in text.splitlines())
+  assert "a_very_long_method_name_" in joined
+  warning = records.make("warning", about="seeds", message="word " * 100)
+  text = tables.to_text(tables.warnings([warning]))
+  assert text.count("word") == 100
+  assert max(map(len, text.splitlines())) <= 140
+
+
+def test_missing_values_are_dashes(example):
+  nothing = records.number(None)
+  record = dict(
+    example.leakage("obc", 4, 4), auc=nothing, size_kb=None, tpr=[], num_non_members=None
+  )
+  record["test_accuracy"] = {"value": math.nan, "low": math.nan, "high": 1.0}
+  table = tables.results([record])
+  assert cell(table, 0, "AUC", FULL).text == tables.MISSING
+  assert cell(table, 0, "AUC", MATCHED).text == tables.MISSING
+  assert cell(table, 0, "size\nkB").text == tables.MISSING
+  assert cell(table, 0, "test\naccuracy %")[:2] == (tables.MISSING, "")
+  assert cell(table, 0, "under-\nestimate").text == tables.MISSING
+  assert "nan" not in tables.to_text(table).lower()
+
+
+def test_one_sided_interval_is_not_shown(example):
+  record = dict(example.leakage(), auc=records.number(0.6, 0.5, None))
+  assert cell(tables.results([record]), 0, "AUC", FULL)[:2] == ("0.600", "")
+
+
+def test_markdown_escapes_and_keeps_its_columns(example):
+  table = tables.results([example.leakage("a|b<script>*x*", 4, 4), example.leakage()])
+  text = tables.to_markdown(table)
+  rows = [line for line in text.splitlines() if line.startswith("|")]
+  assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+  assert len(rows) == 2 + 2
+  assert "a\\|b&lt;script&gt;\\*x\\*" in text
+  assert "<sub>69.3\u201370.7</sub>" in text
+
+
+def test_csv_is_long_and_exact(example):
+  audit = example.audit()
+  lines = list(csv.DictReader(io.StringIO(tables.to_csv(audit))))
+  leakage = [record for record in audit if record["kind"] == "leakage"]
+  assert len(lines) == len(leakage)
+  assert [lines[0][k] for k in ("method", "levels", "last_layer_levels")] == [
+    "none",
+    "full",
+    "full",
+  ]
+  by_key = {
+    (
+      line["method"],
+      line["levels"],
+      line["last_layer_levels"],
+      line["attacker"],
+      line["attack"],
+    ): line
+    for line in lines
+  }
+  record = next(r for r in leakage if r["attacker"] == "matched" and r["levels"] == 3)
+  line = by_key[record["method"], "3", str(record["last_layer_levels"]), "matched", "lira_online"]
+  assert float(line["auc_low"]) == record["auc"]["low"]
+  assert line["auc_interval"] == record["auc"]["interval"]
+  tpr = records.tpr_at(record, 0.001)
+  assert float(line["tpr_at_0.001_at_most"]) == tpr["value"]
+  assert float(line["tpr_at_0.001_at_most_high"]) == tpr["high"]
+  assert int(line["tpr_at_0.001_at_most_false_positives"]) == 25
+  assert float(line["precision_prior_0.5_fpr_0.01"]) == record["precision"][0]["value"]
+  assert line["bits"] == "1.58"
+
+
+def test_csv_leaves_missing_numbers_empty(example):
+  record = dict(example.leakage(), auc=records.number(None))
+  [line] = csv.DictReader(io.StringIO(tables.to_csv([record, example.run()])))
+  assert line["auc"] == line["auc_low"] == ""
+  assert line["members"] == "all"
+
+
+def test_attacks_list_every_attack_and_part_of_the_members(example):
+  found = [
+    example.leakage(attack="loss_threshold"),
+    example.leakage("obc", 3, 3, "matched"),
+    example.leakage("obc", 3, 3, "matched", members="calibration"),
+  ]
+  table = tables.attacks(found)
+  assert cell(table, 0, "attack").text == "loss threshold"
+  assert [cell(table, i, "members").text for i in (1, 2)] == ["all", "calibration"]
+  assert cell(table, 1, "shadows").text == "matched"
+  assert cell(table, 0, "TPR % at\n10% FPR").below
+  assert len(tables.attacks(found[:2]).columns) == len(table.columns) - 1
+
+
+def test_precision_groups_priors_by_fpr(example):
+  precision = [
+    example.rate(value, prior=prior, fpr=fpr)
+    for value, prior, fpr in [(0.9, 0.5, 0.01), (0.5, 0.1, 0.01), (0.7, 0.5, 0.001)]
+  ]
+  table = tables.precision([example.leakage(precision=precision)])
+  headings = [(c.group, c.name) for c in table.columns if c.group]
+  assert headings == [
+    ("precision % at 1% FPR", "prior 50%"),
+    ("precision % at 1% FPR", "prior 10%"),
+    ("precision % at 0.1% FPR", "prior 50%"),
+  ]
+  assert [c.text for c in table.rows[0][-3:]] == ["90.0", "50.0", "70.0"]
+
+
+def test_units_compare_with_nearest_rounding(example):
+  found = [
+    example.unit("obc", 3, 256, "stem", before=0.04, after=0.01),
+    example.unit("obc", 3, 256, "head", before=0.0, after=None, steps=None),
+  ]
+  table = tables.units(found)
+  assert cell(table, 0, "kept %").text == "25.0"
+  assert cell(table, 1, "kept %").text == tables.MISSING
+  assert cell(table, 1, "steps").text == tables.MISSING
+
+
+def test_empty_tables_say_so(example):
+  for make in (tables.results, tables.attacks, tables.precision, tables.units, tables.warnings):
+    table = make([example.run()])
+    assert "none recorded" in tables.to_text(table)
+    assert "None recorded" in tables.to_markdown(table)
+  assert tables.to_csv([]).strip() == ""
