@@ -1,0 +1,92 @@
+"""Training of many models at once: `fit` vmapped over the models of a chunk.
+
+A chunk's models train in lockstep. Every model draws from its own key and its own members, so the
+result does not depend on who shares its chunk.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ptq_jax.base import Array, Int, Key, UInt8
+from ptq_jax.train import fit
+
+
+class Epoch(NamedTuple):
+  """A chunk after an epoch."""
+
+  epoch: int  # epochs done, from 1
+  states: fit.State  # stacked, model axis first
+  metrics: fit.Metrics  # [M], means over the epoch; on the device, reading them waits for it
+
+
+def model_keys(key: Key, model_ids: Int[Array, "M"]) -> Key:
+  """One key per model, `fold_in(key, model_id)`: the same whatever chunk the model is in."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(model_ids))
+
+
+def init(keys: Key, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) -> fit.State:
+  """Fresh states of a chunk, stacked."""
+  return jax.jit(jax.vmap(functools.partial(fit.init, recipe=recipe, image_shape=image_shape)))(
+    keys
+  )
+
+
+def epochs(
+  states: fit.State,
+  keys: Key,
+  recipe: fit.Recipe,
+  images: UInt8[Array, "E H W c"],
+  labels: Int[Array, "E"],
+  members: Int[Array, "M n"],
+  *,
+  first: int,
+  last: int,
+  steps_per_dispatch: int | None = None,
+) -> Iterator[Epoch]:
+  """Trains a chunk, one epoch per iteration; donates the states: do not use them again.
+
+  Args:
+    states: of `init`, or of the epoch from which to go on.
+    keys: [M], of `model_keys`.
+    recipe: shared by all models.
+    images: the pool, on the device once.
+    labels: of the pool.
+    members: [M, n], positions in the pool.
+    first: epochs done before.
+    last: epochs done at the end.
+    steps_per_dispatch: updates per call of the device. None: all of an epoch, but one on a CPU,
+      where XLA runs a convolution inside a loop without threads.
+  """
+  for epoch in range(first, last):
+    indices = _indices(keys, members, epoch, batch_size=recipe.batch_size)
+    size = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else indices.shape[1])
+    parts, weights = [], []
+    for start in range(0, indices.shape[1], size):
+      part = indices[:, start : start + size]
+      states, metrics = _run(recipe, states, keys, images, labels, part)
+      parts.append(metrics)
+      weights.append(part.shape[1])
+    yield Epoch(epoch + 1, states, _mean(parts, weights))
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _indices(keys, members, epoch, *, batch_size):
+  one = functools.partial(fit.epoch_indices, batch_size=batch_size)
+  return jax.vmap(one, in_axes=(0, 0, None))(keys, members, epoch)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _run(recipe, states, keys, images, labels, indices):
+  return jax.vmap(functools.partial(fit.run, recipe), in_axes=(0, 0, None, None, 0))(
+    states, keys, images, labels, indices
+  )
+
+
+def _mean(parts, weights):
+  """Means over an epoch from means over its dispatches."""
+  weights = jnp.array(weights, jnp.float32)
+  return jax.tree.map(lambda *each: weights @ jnp.stack(each) / weights.sum(), *parts)
