@@ -1,7 +1,6 @@
 """Image classification sets by name, as uint8 arrays on the host with their statistics."""
 
 import dataclasses
-import difflib
 import hashlib
 import os
 import pathlib
@@ -10,11 +9,17 @@ import zipfile
 import numpy as np
 
 from ptq_jax.base import Float, Int, UInt8
-from ptq_jax.data import splits
+from ptq_jax.data import cache, decode, image_folder, splits, tfds_sets, tiny_imagenet
 from ptq_jax.data.splits import Splits
 
 DIGITS_TEST_SIZE = 299
 DIGITS_SPLIT_SEED = 1797
+
+PATH_NAMES = {
+  "npz": "the .npz file with x_train, y_train, x_test and y_test",
+  "tiny_imagenet": "tiny-imagenet-200.zip or the folder in it",
+  "image_folder": "the folder that holds train/ and test/ (or val/)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,40 +51,70 @@ class Dataset:
 def load(
   name: str,
   *,
+  data_dir: str | os.PathLike | None = None,
   path: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
   pool_size: int | None = None,
   test_size: int | None = None,
+  image_size: int | None = None,
   seed: int = 0,
 ) -> Dataset:
   """Loads a set of labelled images.
 
   Args:
-    name: "digits" (scikit-learn's 1797 handwritten digits, 8x8) or "npz" (a file with the uint8
-      arrays x_train, x_test [N, H, W, C] and the integer arrays y_train, y_test [N], optionally
-      class_names).
-    path: the file of "npz".
+    name: one of
+      "digits": scikit-learn's 1797 handwritten digits, 8x8x1, installed with it;
+      "npz": a file with the uint8 arrays x_train, x_test [N, H, W, C], the integer arrays y_train,
+        y_test [N] and perhaps class_names;
+      "tiny_imagenet": the official zip archive, or the folder in it;
+      "image_folder": train/<class>/* and test/<class>/* (or val/), a folder or a zip archive;
+      or an image classification set of TensorFlow Datasets, such as "cifar10" or "cifar100:3.0.2",
+      prepared as array_record in `data_dir` (TensorFlow is not needed).
+    data_dir: of TensorFlow Datasets; None for its own default.
+    path: of "npz", "tiny_imagenet" and "image_folder".
+    cache_dir: where decoded images are kept as uint8; None for beside the data. See
+      `cache.decoded`.
     pool_size: examples from which members are drawn, the first of a shuffle of the training split
-      with `seed`; None takes all. An odd pool is trimmed by one, see `Dataset.notes`.
-    test_size: likewise for the test split; None takes all, odd or even.
+      with `seed`, so that a smaller pool is part of a larger one; None takes all. An odd pool is
+      trimmed by one, see `Dataset.notes`.
+    test_size: likewise for the test split, odd or even.
+    image_size: side in pixels to which images are scaled (shorter side, then the middle square);
+      None keeps their size, which must then be the same for all.
     seed: of the two selections.
   Raises:
     ValueError: for an unknown name, contents that are no labelled images, or too few of them.
-    FileNotFoundError: for a missing file.
+    FileNotFoundError: for missing files or an unprepared set.
   """
-  return _select(name, _read(name, path=path), pool_size=pool_size, test_size=test_size, seed=seed)
+  if image_size is not None and image_size < 1:
+    raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
+  whole = _read(name, data_dir=data_dir, path=path, cache_dir=cache_dir, image_size=image_size)
+  return _select(name, whole, pool_size=pool_size, test_size=test_size, seed=seed)
 
 
-def _read(name: str, *, path) -> Splits:
+def _read(name: str, *, data_dir, path, cache_dir, image_size) -> Splits:
   """All examples of a source."""
   if name == "digits":
-    return read_digits()
+    return _resized(read_digits(), image_size)
+  if name in PATH_NAMES and path is None:
+    raise ValueError(f"the dataset {name!r} needs a path: {PATH_NAMES[name]}.")
   if name == "npz":
-    if path is None:
-      raise ValueError("the dataset 'npz' needs path=<the .npz file>.")
-    return read_npz(path)
-  close = difflib.get_close_matches(name, ["digits", "npz"], n=1)
-  hint = f" Did you mean {close[0]!r}?" if close else ""
-  raise ValueError(f"there is no dataset {name!r}; use 'digits' or 'npz'.{hint}")
+    return _resized(read_npz(path), image_size)
+  if name == "tiny_imagenet":
+    source = tiny_imagenet.source(path)
+  elif name == "image_folder":
+    source = image_folder.source(path)
+  else:
+    source = tfds_sets.source(name, data_dir, known=("digits", *PATH_NAMES))
+  return cache.decoded(source, image_size=image_size, cache_dir=cache_dir)
+
+
+def _resized(whole: Splits, image_size: int | None) -> Splits:
+  """The same examples at another size."""
+  if image_size is None:
+    return whole
+  images = (whole.train_images, whole.test_images)
+  train, test = (decode.resized(each, image_size=image_size) for each in images)
+  return dataclasses.replace(whole, train_images=train, test_images=test)
 
 
 def read_digits() -> Splits:

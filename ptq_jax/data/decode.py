@@ -1,0 +1,108 @@
+"""Encoded images (JPEG, PNG, ...) to one uint8 array, in parallel threads."""
+
+import concurrent.futures
+import io
+import os
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from PIL import Image
+
+from ptq_jax.base import UInt8
+
+CHUNK = 256  # images per task: enough that handing out tasks costs nothing
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of 8-bit images by number of channels
+
+
+def images(
+  fetch: Callable[[int, int], Iterable[tuple[str, bytes]]],
+  *,
+  count: int,
+  num_channels: int,
+  image_size: int | None,
+) -> UInt8[np.ndarray, "N H W C"]:
+  """Decodes images 0 .. count - 1; the first decides the shape that all must have.
+
+  Args:
+    fetch: called from several threads with (start, stop); gives name and encoded bytes of each.
+    count: N.
+    num_channels: 1, 3 or 4; images of another number are converted (grayscale to RGB, say).
+    image_size: None keeps the size; a number scales the shorter side to it and cuts out the middle
+      square.
+  Raises:
+    ValueError: names an image that cannot be decoded, has 16-bit pixels, or has another size.
+  """
+  first_name, first_bytes = next(iter(fetch(0, 1)))
+  first = decode(first_bytes, name=first_name, num_channels=num_channels, image_size=image_size)
+  decoded = np.empty((count, *first.shape), np.uint8)
+
+  def fill(start: int) -> None:
+    stop = min(start + CHUNK, count)
+    for index, (name, encoded) in enumerate(fetch(start, stop), start):
+      image = decode(encoded, name=name, num_channels=num_channels, image_size=image_size)
+      if image.shape != first.shape:
+        raise ValueError(
+          f"image {name!r} is {_size(image)} and {first_name!r} is {_size(first)}; set image_size "
+          "to scale all images to one size."
+        )
+      decoded[index] = image
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    tasks = [threads.submit(fill, start) for start in range(0, count, CHUNK)]
+    try:
+      for task in tasks:
+        task.result()
+    finally:
+      threads.shutdown(cancel_futures=True)
+  return decoded
+
+
+def decode(
+  encoded: bytes, *, name: str, num_channels: int, image_size: int | None
+) -> UInt8[np.ndarray, "H W C"]:
+  """One image.
+
+  Raises:
+    ValueError: if it cannot be decoded or has more than 8 bits per channel; `name` is in the text.
+  """
+  try:
+    image = Image.open(io.BytesIO(encoded))
+    image.load()
+  except Exception as error:  # a decoder meets broken bytes with almost any exception
+    raise ValueError(f"image {name!r} cannot be decoded ({error}); repair or remove it.") from error
+  if image.mode.startswith(("I", "F")):
+    raise ValueError(
+      f"image {name!r} has pixels of more than 8 bits (Pillow mode {image.mode!r}); convert it to "
+      "8 bits per channel."
+    )
+  image = _scaled(image.convert(MODES[num_channels]), image_size)
+  return np.asarray(image, np.uint8).reshape(image.height, image.width, num_channels)
+
+
+def resized(
+  pixels: UInt8[np.ndarray, "N H W C"], *, image_size: int
+) -> UInt8[np.ndarray, "N S S C"]:
+  """Decoded images scaled and cut like `images` does it, channel by channel."""
+
+  def channel(plane: np.ndarray) -> np.ndarray:
+    return np.asarray(_scaled(Image.fromarray(plane), image_size))
+
+  planes = np.moveaxis(pixels, -1, 1)
+  scaled = [np.stack([channel(plane) for plane in image], axis=-1) for image in planes]
+  return np.stack(scaled)
+
+
+def _scaled(image: Image.Image, image_size: int | None) -> Image.Image:
+  """Shorter side scaled to `image_size` (bilinear, antialiased), middle square cut out."""
+  if image_size is None or image.size == (image_size, image_size):
+    return image
+  side = min(image.size)
+  left, top = (image.width - side) // 2, (image.height - side) // 2
+  square = (left, top, left + side, top + side)
+  return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=square)
+
+
+def _size(image: np.ndarray) -> str:
+  """Width x height, as image tools write it."""
+  return f"{image.shape[1]}x{image.shape[0]}"
