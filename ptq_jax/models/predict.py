@@ -1,0 +1,78 @@
+"""Forward passes of stacked models over a data set, reduced batch by batch on the device.
+
+Logits of all models are too big to keep (64 models x 2 views x 100 000 examples x 200 classes are
+10 GB), so each batch of logits is reduced at once by a function that the caller passes in: to the
+score of an attack, or to correct or not.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax.base import ArrayLike, Int, Shaped, UInt8, Variables
+
+Prepare = Callable[[jax.Array, jax.Array], jax.Array]
+"""(images uint8 [n, H, W, c], their positions int [n]) -> pixels float [V, n, H, W, c]."""
+
+Reduce = Callable[[jax.Array, jax.Array], jax.Array]
+"""(logits [M, V, n, C], labels [M, V, n]) -> [M, V, n, ...]."""
+
+
+def predictor(
+  model: nn.Module, *, prepare: Prepare, reduce: Reduce
+) -> Callable[..., Shaped[np.ndarray, "M E V *rest"]]:
+  """A function that runs stacked models over data; make it once, it compiles once per batch shape.
+
+  Args:
+    model: `model.apply(variables, pixels)` gives logits; runs in evaluation mode.
+    prepare: makes the pixels of V views from bytes, the same for all models.
+    reduce: what to keep of the logits.
+  Returns:
+    `predict(variables, images, labels, *, batch_size)`.
+  """
+
+  @jax.jit
+  def batch(variables, images, labels, positions):
+    pixels = prepare(images, positions)
+    views, n = pixels.shape[:2]
+    flat = pixels.reshape(views * n, *pixels.shape[2:])
+    logits = jax.vmap(lambda one: model.apply(one, flat))(variables)
+    logits = logits.reshape(len(logits), views, n, -1)
+    reduced = reduce(logits, jnp.broadcast_to(labels, logits.shape[:-1]))
+    return jnp.swapaxes(reduced, 1, 2)
+
+  def predict(
+    variables: Variables,
+    images: UInt8[ArrayLike, "E H W c"],
+    labels: Int[ArrayLike, "E"],
+    *,
+    batch_size: int,
+  ) -> Shaped[np.ndarray, "M E V *rest"]:
+    """Reduced outputs of M stacked models for E examples, on the host.
+
+    Raises:
+      ValueError: for a batch size below 1.
+    """
+    if batch_size < 1:
+      raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    num_examples = len(labels)
+    batch_size = min(batch_size, num_examples)
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    parts = []
+    for start in range(0, num_examples, batch_size):
+      # The last batch starts earlier instead of being smaller: one shape, one compilation.
+      first = min(start, num_examples - batch_size)
+      positions = jnp.arange(first, first + batch_size)
+      part = batch(variables, images[positions], labels[positions], positions)
+      parts.append(part[:, start - first :])
+    return np.concatenate([np.asarray(part) for part in parts], axis=1)
+
+  return predict
+
+
+def is_correct(logits, labels):
+  """A `Reduce`: whether the largest logit is the label's, float32 0 or 1."""
+  return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)

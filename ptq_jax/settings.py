@@ -1,0 +1,221 @@
+"""From flags and config files to named arguments, and from exceptions to one sentence.
+
+The only module of the package that knows absl and ml_collections.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_dict, config_flags
+
+Config = config_dict.ConfigDict
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+"""Exit codes: what the user can repair, what went wrong while running, Ctrl-C."""
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
+
+
+def launch(
+  run: Callable[[Config, pathlib.Path], None], *, config: str, workdir: str, description: str
+) -> None:
+  """A launcher's `main`: parses the flags, calls `run(config, workdir)`, sets the exit code.
+
+  Args:
+    run: one stage, or all of them.
+    config: the default of --config, a path.
+    workdir: the default of --workdir.
+    description: what `--help` says first.
+  """
+  values = config_flags.DEFINE_config_file(
+    "config", config, "Python file with get_config(); override values as --config.train.epochs=30."
+  )
+  where = flags.DEFINE_string("workdir", workdir, "Where everything is written, and resumed from.")
+  debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+  # Set in the environment too, so that child processes and a later import of jax see it.
+  flags.DEFINE_string("compilation_cache", None, "Folder of JAX's compilation cache ('' for none).")
+  sys.modules["__main__"].__doc__ = description
+
+  def main(arguments: Sequence[str]) -> None:
+    try:
+      if len(arguments) > 1:
+        raise ValueError(f"{arguments[1]!r} is not a flag; flags start with --, see --help.")
+      use_compilation_cache(flags.FLAGS.compilation_cache)
+      run(_checked(values.value), pathlib.Path(where.value))
+    except KeyboardInterrupt:
+      sys.exit(_say("interrupted; the same command goes on from what is saved.", INTERRUPTED))
+    except Exception as error:
+      if debug.value:
+        raise
+      sys.exit(_explain(error))
+
+  app.run(main, flags_parser=_parse)
+
+
+def use_compilation_cache(directory: str | None) -> None:
+  """Lets JAX keep compiled programs between runs, in the user's cache folder by default.
+
+  An environment variable JAX_COMPILATION_CACHE_DIR has the last word.
+  """
+  import jax
+
+  if directory is None:
+    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "ptq_jax", "jax"))
+  if directory:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def plain(config: Any) -> Any:
+  """A config as dicts, lists and numbers, the way JSON gives it back."""
+  if isinstance(config, Config | Mapping):
+    return {key: plain(config[key]) for key in config}
+  if isinstance(config, list | tuple):
+    return [plain(value) for value in config]
+  return config
+
+
+def named(section: Config, *leave_out: str) -> dict[str, Any]:
+  """A section of a config as keyword arguments; lists become tuples, so that they are hashable."""
+  chosen = {key: value for key, value in section.items() if key not in leave_out}
+  return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in chosen.items()}
+
+
+def fingerprint(value: Any) -> str:
+  """Sixteen hexadecimal digits that change with any value in a config."""
+  return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+  """Dotted keys whose values differ, each with both values.
+
+  >>> differences({"train": {"epochs": 3, "seed": 1}}, {"train": {"epochs": 4, "seed": 1}})
+  ['train.epochs is 4, was 3']
+  """
+  old, new = _dotted(stored), _dotted(current)
+  found = []
+  for key in sorted(old.keys() | new.keys()):
+    if old.get(key) != new.get(key):
+      found.append(f"{key} is {new.get(key, 'absent')}, was {old.get(key, 'absent')}")
+  return found
+
+
+def parse_arg(arg: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads the argument of a config file, `--config=configs/x.py:method=brecq,levels=4`.
+
+  >>> parse_arg("levels=4", {"levels": 3, "method": "obc"})
+  {'levels': 4, 'method': 'obc'}
+
+  Raises:
+    ValueError: for a key that `defaults` does not have, or a value of another type.
+  """
+  values = dict(defaults)
+  for item in filter(None, arg.split(",")):
+    key, equals, text = item.partition("=")
+    if key not in defaults or not equals:
+      raise ValueError(f"config argument {item!r} is not one of {sorted(defaults)} as key=value.")
+    kind = type(defaults[key])
+    try:
+      values[key] = ast.literal_eval(text) if kind is bool else kind(text)
+    except (ValueError, SyntaxError) as error:
+      raise ValueError(f"config argument {key} needs a {kind.__name__}, got {text!r}.") from error
+  return values
+
+
+def _dotted(mapping, prefix=""):
+  flat = {}
+  for key, value in mapping.items():
+    if isinstance(value, Mapping):
+      flat |= _dotted(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def _parse(arguments):
+  """absl's parser, with one sentence instead of a traceback."""
+  try:
+    return flags.FLAGS(arguments)
+  except flags.Error as error:
+    sys.exit(_say(f"{error}; see --help.", USER_ERROR))
+  except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    sys.exit(_say(_unknown_key(arguments) or f"the config could not be read: {error}.", USER_ERROR))
+
+
+def _unknown_key(arguments):
+  """Names the first --config.key that the config file does not define."""
+  file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), None)
+  file = file or (flags.FLAGS["config"].default if "config" in flags.FLAGS else None)
+  try:
+    known = _dotted(plain(load(file)))
+  except Exception:
+    return None
+  for argument in arguments:
+    if argument.startswith("--config."):
+      key = argument.removeprefix("--config.").partition("=")[0]
+      if key not in known:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}."
+        return f"the config has no key {key!r}; {hint}"
+  return None
+
+
+def load(path: str) -> Config:
+  """The config of a file, "path/to/file.py" or "path/to/file.py:argument".
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+  """
+  file, _, argument = str(path).partition(":")
+  if not pathlib.Path(file).is_file():
+    raise FileNotFoundError(f"--config {file} does not exist; the shipped ones are in configs/.")
+  spec = importlib.util.spec_from_file_location("ptq_jax_config", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(argument) if argument else module.get_config()
+
+
+def _checked(config):
+  """The config, or the reason why its file could not be read."""
+  if not isinstance(config, Config):
+    load(flags.FLAGS["config"].default if config is None else _path_of(sys.argv))
+    raise ValueError("--config does not define get_config() that returns a ConfigDict.")
+  return config
+
+
+def _path_of(arguments):
+  for position, argument in enumerate(arguments):
+    if argument.startswith("--config="):
+      return argument.partition("=")[2]
+    if argument == "--config":
+      return arguments[position + 1]
+  return flags.FLAGS["config"].default
+
+
+def _explain(error):
+  """One sentence on stderr and an exit code for an exception."""
+  lines = str(error).strip("'\"").splitlines()
+  if isinstance(error, USER_ERRORS) and lines:
+    return _say(" ".join(lines), USER_ERROR)
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  what = f"{type(error).__name__}: {lines[0] if lines else ''}"
+  if isinstance(error, OSError):
+    return _say(what, FAILURE)
+  where = f"{pathlib.Path(place.filename).name}:{place.lineno}"
+  return _say(f"{what} (at {where}; --debug shows all). What is saved is kept.", FAILURE)
+
+
+def _say(sentence, code):
+  print(f"error: {sentence}", file=sys.stderr, flush=True)
+  return code
