@@ -71,7 +71,7 @@ def _read(path: pathlib.Path, fingerprint: str) -> Splits | None:
   if not path.exists():
     return None
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
       if str(archive["fingerprint"]) != fingerprint:
         return None
       arrays = {name: archive[name] for name in ARRAYS}

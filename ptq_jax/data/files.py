@@ -47,7 +47,9 @@ class Files:
 
   def text_lines(self, name: str) -> list[str]:
     """Non-empty lines of a UTF-8 text file."""
-    return [line for line in self.read(name).decode("utf-8", "replace").splitlines() if line.strip()]
+    return [
+      line for line in self.read(name).decode("utf-8", "replace").splitlines() if line.strip()
+    ]
 
   def images_below(self, folder: str) -> list[str]:
     """Names of image files, by suffix, anywhere below a folder such as "train/", or "" for all."""

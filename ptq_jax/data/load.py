@@ -142,19 +142,24 @@ def read_npz(path: str | os.PathLike) -> Splits:
     raise FileNotFoundError(f"there is no file {str(path)!r} for the dataset 'npz'.")
   keys = ("x_train", "y_train", "x_test", "y_test")
   try:
-    with np.load(path, allow_pickle=False) as archive:
-      missing = [key for key in keys if key not in archive.files]
-      if missing:
-        raise ValueError(
-          f"{path} has no array {missing[0]!r}; it needs {', '.join(keys)} and has "
-          f"{', '.join(archive.files) or 'none'}."
-        )
-      arrays = [archive[key] for key in keys]
-      names = archive["class_names"] if "class_names" in archive.files else None
-  except (zipfile.BadZipFile, EOFError, OSError) as error:
-    raise ValueError(f"{path} is not a whole .npz file ({error}); write it again.") from error
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+      arrays = {key: archive[key] for key in archive.files if key in (*keys, "class_names")}
+      present = archive.files
+  except (zipfile.BadZipFile, EOFError, OSError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path} is not a whole .npz file of plain arrays ({error}); write it again with `np.savez`."
+    ) from error
+  missing = [key for key in keys if key not in present]
+  if missing:
+    raise ValueError(
+      f"{path} has no array {missing[0]!r}; it needs {', '.join(keys)} and has "
+      f"{', '.join(present) or 'none'}."
+    )
+  names = arrays.get("class_names")
   class_names = None if names is None else tuple(str(each) for each in names)
-  return splits.checked(*arrays, class_names=class_names, source=str(path), names=keys)
+  return splits.checked(
+    *(arrays[key] for key in keys), class_names=class_names, source=str(path), names=keys
+  )
 
 
 def shuffled(num_examples: int, *, seed: int) -> Int[np.ndarray, "n"]:

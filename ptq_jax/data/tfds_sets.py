@@ -146,6 +146,8 @@ def _read_split(
   def fetch(start: int, stop: int) -> list[tuple[str, bytes]]:
     try:
       batch = examples.__getitems__(range(start, stop))
+      if any(not example[image] or example[label] is None for example in batch):
+        raise ValueError("an example is empty")  # what the reader makes of a file cut at a block
     except Exception as error:  # the reader raises RuntimeError for a lost or broken file
       raise ValueError(
         f"the prepared dataset {builder.name!r} is damaged or half written ({error}); delete "

@@ -1,0 +1,67 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ptq_jax.data import decode
+from tests.data import pictures
+
+
+def run(files, *, num_channels=3, image_size=None):
+  """Decodes a list of (name, bytes)."""
+  return decode.images(
+    lambda start, stop: files[start:stop],
+    count=len(files),
+    num_channels=num_channels,
+    image_size=image_size,
+  )
+
+
+def test_many_images_come_in_order():
+  images = pictures.random_images(2 * decode.CHUNK + 10, size=3)
+  files = [(str(index), pictures.encoded(image)) for index, image in enumerate(images)]
+  np.testing.assert_array_equal(run(files), images)
+
+
+def test_grayscale_becomes_rgb_and_back():
+  gray = pictures.random_images(2, channels=1)
+  files = [(str(index), pictures.encoded(image)) for index, image in enumerate(gray)]
+  np.testing.assert_array_equal(run(files), np.repeat(gray, 3, axis=-1))
+  np.testing.assert_array_equal(run(files, num_channels=1), gray)
+
+
+def test_scaling_takes_the_middle_square():
+  wide = pictures.random_images(1, size=24)[0, 4:16]
+  whole = np.asarray(Image.fromarray(wide).resize((8, 4), Image.Resampling.BILINEAR))
+  decoded = run([("wide", pictures.encoded(wide))], image_size=4)
+  np.testing.assert_allclose(decoded[0].astype(int), whole[:, 2:6].astype(int), atol=1)
+  np.testing.assert_array_equal(decode.resized(wide[None], image_size=4), decoded)
+  square = pictures.random_images(2, size=8)
+  files = [(str(index), pictures.encoded(image)) for index, image in enumerate(square)]
+  np.testing.assert_array_equal(decode.resized(square, image_size=5), run(files, image_size=5))
+  np.testing.assert_array_equal(decode.resized(square, image_size=8), square)
+
+
+def test_an_undecodable_image_is_named():
+  good = [(str(index), pictures.encoded(pictures.random_images(1)[0])) for index in range(300)]
+  for broken in (b"no image", good[0][1][:-40], b""):
+    with pytest.raises(ValueError, match=r"image 'bad/one.png' cannot be decoded"):
+      run([*good, ("bad/one.png", broken)])
+
+
+def test_deep_pixels_are_refused():
+  buffer = io.BytesIO()
+  Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(buffer, "PNG")
+  with pytest.raises(ValueError, match="'deep' has pixels of more than 8 bits"):
+    run([("deep", buffer.getvalue())])
+
+
+def test_images_of_two_sizes_are_refused_unless_scaled():
+  files = [
+    (name, pictures.encoded(pictures.random_images(1, size=size)[0]))
+    for name, size in (("a", 8), ("b", 6))
+  ]
+  with pytest.raises(ValueError, match="image 'b' is 6x6 and 'a' is 8x8; set image_size"):
+    run(files)
+  assert run(files, image_size=4).shape == (2, 4, 4, 3)
