@@ -37,13 +37,7 @@ def launch(
     workdir: the default of --workdir.
     description: what `--help` says first.
   """
-  values = config_flags.DEFINE_config_file(
-    "config", config, "Python file with get_config(); override values as --config.train.epochs=30."
-  )
-  where = flags.DEFINE_string("workdir", workdir, "Where everything is written, and resumed from.")
-  debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-  # Set in the environment too, so that child processes and a later import of jax see it.
-  flags.DEFINE_string("compilation_cache", None, "Folder of JAX's compilation cache ('' for none).")
+  values, where, debug = _define_flags(config, workdir)
   sys.modules["__main__"].__doc__ = description
 
   def main(arguments: Sequence[str]) -> None:
@@ -60,6 +54,21 @@ def launch(
       sys.exit(_explain(error))
 
   app.run(main, flags_parser=_parse)
+
+
+def _define_flags(config, workdir):
+  """--config, --workdir and the rest; overrides of --config are read already here."""
+  try:
+    values = config_flags.DEFINE_config_file(
+      "config", config, "Python file with get_config(); override as --config.train.epochs=30."
+    )
+  except _BAD_CONFIG as error:
+    sys.exit(_say(_unknown_key(sys.argv, config) or _unreadable(error), USER_ERROR))
+  where = flags.DEFINE_string("workdir", workdir, "Where everything is written, and resumed from.")
+  debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+  flags.DEFINE_string("compilation_cache", None, "Folder of JAX's compilation cache ('' for none).")
+  flags.FLAGS.set_default("verbosity", -1)  # warnings; absl's own default also shows JAX's notes
+  return values, where, debug
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -143,20 +152,27 @@ def _dotted(mapping, prefix=""):
   return flat
 
 
+_BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+
+
 def _parse(arguments):
   """absl's parser, with one sentence instead of a traceback."""
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:
     sys.exit(_say(f"{error}; see --help.", USER_ERROR))
-  except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-    sys.exit(_say(_unknown_key(arguments) or f"the config could not be read: {error}.", USER_ERROR))
+  except _BAD_CONFIG as error:
+    default = flags.FLAGS["config"].default
+    sys.exit(_say(_unknown_key(arguments, default) or _unreadable(error), USER_ERROR))
 
 
-def _unknown_key(arguments):
+def _unreadable(error):
+  return f"the config could not be read: {' '.join(str(error).split())}"
+
+
+def _unknown_key(arguments, default):
   """Names the first --config.key that the config file does not define."""
-  file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), None)
-  file = file or (flags.FLAGS["config"].default if "config" in flags.FLAGS else None)
+  file = _path_of(arguments, default)
   try:
     known = _dotted(plain(load(file)))
   except Exception:
@@ -189,23 +205,25 @@ def load(path: str) -> Config:
 def _checked(config):
   """The config, or the reason why its file could not be read."""
   if not isinstance(config, Config):
-    load(flags.FLAGS["config"].default if config is None else _path_of(sys.argv))
-    raise ValueError("--config does not define get_config() that returns a ConfigDict.")
+    load(_path_of(sys.argv, flags.FLAGS["config"].default))  # raises the reason, if it can
+    raise ValueError("--config must name a file whose get_config() returns a ConfigDict.")
   return config
 
 
-def _path_of(arguments):
-  for position, argument in enumerate(arguments):
+def _path_of(arguments, default):
+  """What --config says, before flags are parsed."""
+  for argument, following in zip(arguments, [*arguments[1:], default], strict=True):
     if argument.startswith("--config="):
       return argument.partition("=")[2]
     if argument == "--config":
-      return arguments[position + 1]
-  return flags.FLAGS["config"].default
+      return following
+  return default
 
 
 def _explain(error):
   """One sentence on stderr and an exit code for an exception."""
-  lines = str(error).strip("'\"").splitlines()
+  message = error.args[0] if isinstance(error, KeyError) and error.args else error
+  lines = str(message).splitlines()
   if isinstance(error, USER_ERRORS) and lines:
     return _say(" ".join(lines), USER_ERROR)
   place = traceback.extract_tb(error.__traceback__)[-1]

@@ -91,9 +91,13 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     try:
       record = json.loads(line)
     except ValueError as error:
-      raise CorruptFileError(f"{path}, line {number} is not JSON; delete it and run again.") from error
+      raise CorruptFileError(
+        f"{path}, line {number} is not JSON; delete it and run again."
+      ) from error
     if not isinstance(record, dict):
-      raise CorruptFileError(f"{path}, line {number} is not a JSON object; delete it and run again.")
+      raise CorruptFileError(
+        f"{path}, line {number} is not a JSON object; delete it and run again."
+      )
     records.append(record)
   return records
 

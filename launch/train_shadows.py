@@ -1,0 +1,125 @@
+"""Trains the shadows, and the dedicated targets if there are any, chunk by chunk.
+
+    bash launch/run train_shadows --config configs/digits.py --workdir runs/digits
+
+Writes WORKDIR/models/CHUNK (checkpoints) and WORKDIR/scores/full_precision/CHUNK.npz. A run that
+was killed goes on from its last checkpoint, to the same result.
+"""
+
+import functools
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+
+from launch.progress import Progress
+from launch.workdir import FULL_PRECISION, Audit, Chunk, open_audit
+from ptq_jax import settings, storage
+from ptq_jax.data import membership
+from ptq_jax.train import fit, shadows
+
+
+def run(config, workdir) -> None:
+  """Trains what is missing."""
+  audit = open_audit(config, workdir)
+  chunks = audit.chunks()
+  pending = [chunk for chunk in chunks if audit.pending(FULL_PRECISION, chunk)]
+  if not pending:
+    return
+  epochs = config.train.epochs
+  total = sum(len(chunk) for chunk in chunks) * epochs
+  done = total - sum(len(chunk) for chunk in pending) * epochs
+  with audit.timed("train_shadows"), Progress("train_shadows", total, done=done) as progress:
+    for chunk in pending:
+      variables = train_chunk(audit, chunk, progress)
+      audit.save_scores(FULL_PRECISION, chunk, variables)
+
+
+def train_chunk(audit: Audit, chunk: Chunk, progress: Progress):
+  """Trained variables of a chunk, stacked: from its checkpoint, or trained and then saved."""
+  directory, recipe, epochs = audit.model_directory(chunk), audit.recipe, audit.config.train.epochs
+  with storage.Checkpoints(directory / "trained") as trained:
+    saved = trained.restore(states_like(audit, chunk).variables)
+    report_skipped(saved, progress)
+    if saved.tree is not None:
+      progress.advance(len(chunk) * epochs)
+      return saved.tree
+    for epoch in train_epochs(audit, chunk, recipe, progress):
+      variables = epoch.states.variables
+    trained.save(epochs, variables, {"chunk": chunk.name})
+  shutil.rmtree(directory / "training")
+  return variables
+
+
+def train_epochs(audit: Audit, chunk: Chunk, recipe: fit.Recipe, progress: Progress):
+  """Trains a chunk from where it was, with a checkpoint every few minutes."""
+  train, data = audit.config.train, audit.dataset
+  keys = shadows.model_keys(audit.key(chunk.group), jnp.asarray(chunk.ids))
+  members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
+  with storage.Checkpoints(audit.model_directory(chunk) / "training") as checkpoints:
+    saved = checkpoints.restore(states_like(audit, chunk))
+    report_skipped(saved, progress)
+    states = saved.tree
+    if states is None:
+      states = shadows.init(keys, recipe, image_shape=data.image_shape)
+    progress.advance(len(chunk) * saved.step)
+    last_saved = time.monotonic()
+    for epoch in shadows.epochs(
+      jax.tree.map(jnp.asarray, states),
+      keys,
+      recipe,
+      jnp.asarray(data.train_images),
+      jnp.asarray(data.train_labels),
+      jnp.asarray(members),
+      first=saved.step,
+      last=train.epochs,
+    ):
+      loss = float(epoch.metrics.loss.mean())
+      progress.advance(len(chunk), f"{chunk.name}, epoch {epoch.epoch}, loss {loss:.3f}")
+      if (
+        time.monotonic() - last_saved > 60 * train.checkpoint_minutes or epoch.epoch == train.epochs
+      ):
+        checkpoints.save(epoch.epoch, epoch.states, {"chunk": chunk.name})
+        last_saved = time.monotonic()
+      yield epoch
+
+
+def load_variables(audit: Audit, chunk: Chunk):
+  """Trained variables of a finished chunk, stacked, on the host.
+
+  Raises:
+    FileNotFoundError: if it was never finished.
+  """
+  directory = audit.model_directory(chunk) / "trained"
+  with storage.Checkpoints(directory) as trained:
+    saved = trained.restore(states_like(audit, chunk).variables)
+  if saved.tree is None:
+    audit.scores_path(FULL_PRECISION, chunk).unlink(missing_ok=True)
+    raise FileNotFoundError(
+      f"the models in {directory} are missing or corrupt; run bash launch/run train_shadows again, "
+      "it trains only these."
+    )
+  return saved.tree
+
+
+def states_like(audit: Audit, chunk: Chunk) -> fit.State:
+  """Shapes and dtypes of a chunk's states."""
+  one = functools.partial(fit.init, recipe=audit.recipe, image_shape=audit.dataset.image_shape)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(chunk)))
+  return jax.eval_shape(jax.vmap(one), keys)
+
+
+def report_skipped(saved: storage.Saved, progress: Progress) -> None:
+  """Says which damaged checkpoints were passed over, and where training goes on."""
+  for reason in saved.skipped:
+    where = f"going on from epoch {saved.step}" if saved.step else "starting anew"
+    progress.say(f"{reason}; {where}.")
+
+
+def main() -> None:
+  settings.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,373 @@
+"""What an audit is made of and where it lies: the config brought to life, and the working directory.
+
+    config.json         the config and the fingerprint of the data, to recognise a foreign workdir
+    membership.npz      members bool[M, E], target_members bool[T, E]
+    models/CHUNK/       Orbax checkpoints of some models, stacked
+    scores/VARIANT/     CHUNK.npz: scores float32[m, E, V] and test accuracy[m] of those models
+    quantized/VARIANT/  CHUNK.npz: their integer codes, grids and full-precision rest
+    results.jsonl ...   what `attack` and `report` make of the scores
+
+A chunk is a run of models trained together, "shadows-00000-00016"; a variant is a way of storing
+them, "full_precision" or "adaround-3-256". Both are the units in which work is done and resumed.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import models, settings, storage
+from ptq_jax.attack import confidence
+from ptq_jax.data import augment, batches, load, membership
+from ptq_jax.models import predict
+from ptq_jax.quantize import METHODS, grid
+from ptq_jax.report.records import Variant
+from ptq_jax.train import fit, optimizer
+
+FULL_PRECISION = Variant("none", None, None)
+
+MAY_GROW = ("train.models", "train.targets")
+MAY_CHANGE = (
+  "name",
+  "train.models_per_chunk",
+  "train.checkpoint_minutes",
+  "queries.batch_size",
+  "quantize.methods",
+  "quantize.levels",
+  "quantize.last_layer_levels",
+)
+"""Keys whose change neither spoils nor mixes up what a workdir holds; nor do the attack's."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Chunk:
+  """Models `first` to `last` (exclusive) of a group, "shadows" or "targets"."""
+
+  group: str
+  first: int
+  last: int
+
+  @property
+  def name(self) -> str:
+    return f"{self.group}-{self.first:05d}-{self.last:05d}"
+
+  @property
+  def ids(self) -> np.ndarray:
+    return np.arange(self.first, self.last)
+
+  def __len__(self) -> int:
+    return self.last - self.first
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+  """One audit: its config and its workdir. Open it with `open_audit`."""
+
+  config: settings.Config
+  root: pathlib.Path
+
+  @functools.cached_property
+  def dataset(self) -> load.Dataset:
+    return load.load(**settings.named(self.config.data))
+
+  @functools.cached_property
+  def model(self):
+    options = settings.named(self.config.model, "name")
+    return models.make(self.config.model.name, num_classes=self.dataset.num_classes, **options)
+
+  @functools.cached_property
+  def recipe(self) -> fit.Recipe:
+    """How every model is trained."""
+    train, data = self.config.train, self.dataset
+    steps = batches.steps_per_epoch(len(data.train_labels) // 2, batch_size=train.batch_size)
+    optimizer_options = ("learning_rate", "momentum", "nesterov", "weight_decay", "schedule")
+    return fit.Recipe(
+      model=self.model,
+      optimizer=optimizer.sgd(
+        epochs=train.epochs,
+        steps_per_epoch=steps,
+        **{name: train[name] for name in optimizer_options},
+      ),
+      augmentation=augment.make(tuple(train.augmentation)),
+      mean=tuple(map(float, data.mean)),
+      std=tuple(map(float, data.std)),
+      batch_size=train.batch_size,
+      label_smoothing=train.label_smoothing,
+    )
+
+  def check(self) -> None:
+    """Raises ValueError for the first setting that makes no sense, before anything is computed."""
+    rows, quantize, attack = self.members["shadows"], self.config.quantize, self.config.attack
+    members = rows.sum(axis=1).min()
+    assert self.recipe and self.model
+    for augmentation in (self.config.queries.augmentation, quantize.calibration_augmentation):
+      augment.make(tuple(augmentation))
+    if self.config.queries.views < 1:
+      raise ValueError(f"queries.views is {self.config.queries.views}; it must be at least 1.")
+    for variant in self.variants():
+      if variant.method not in METHODS:
+        raise ValueError(
+          f"quantize.methods has {variant.method!r}; choose among {', '.join(METHODS)}."
+        )
+      for levels in (variant.levels, variant.last_layer_levels or 2):
+        grid.check_levels(levels)
+    if not 1 <= quantize.calibration_size <= members:
+      raise ValueError(
+        f"quantize.calibration_size is {quantize.calibration_size}; a model has {members} members, "
+        f"so it must be in 1..{members}."
+      )
+    if quantize.calibrate_on not in ("members", "non_members"):
+      raise ValueError(
+        f"quantize.calibrate_on is {quantize.calibrate_on!r}; use 'members' or 'non_members'."
+      )
+    for fpr in attack.fprs:
+      if not 0 < fpr <= 1:
+        raise ValueError(f"attack.fprs has {fpr}; a false-positive rate is in (0, 1].")
+
+  def key(self, stream: str) -> jax.Array:
+    """The key of one stream of randomness of this audit."""
+    streams = ("membership", "shadows", "target_membership", "targets", "queries", "calibration",
+               "quantize", "bootstrap")  # fmt: skip
+    return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
+
+  @functools.cached_property
+  def members(self) -> dict[str, np.ndarray]:
+    """bool[M, E] of the shadows and bool[T, E] of the dedicated targets, by group."""
+    pool = len(self.dataset.train_labels)
+    train = self.config.train
+    found = {
+      "shadows": membership.paired(
+        self.key("membership"), num_models=train.models, num_examples=pool
+      )
+    }
+    if train.targets:
+      found["targets"] = membership.random_halves(
+        self.key("target_membership"), num_models=train.targets, num_examples=pool
+      )
+    return {group: np.asarray(rows) for group, rows in found.items()}
+
+  def chunks(self) -> list[Chunk]:
+    """All models in chunks: those begun before as they were, the rest in chunks of the config's size.
+
+    Raises:
+      ValueError: if the workdir has more models than the config.
+    """
+    size = self.config.train.models_per_chunk
+    if size < 1:
+      raise ValueError(f"train.models_per_chunk is {size}; it must be at least 1.")
+    return [
+      chunk
+      for group, rows in self.members.items()
+      for chunk in _cover(group, len(rows), size, self._begun(group))
+    ]
+
+  def _begun(self, group):
+    pattern = re.compile(rf"{group}-(\d+)-(\d+)")
+    names = [path.name for path in (self.root / "models").glob(f"{group}-*")]
+    matches = [match for match in map(pattern.fullmatch, names) if match]
+    return sorted(Chunk(group, int(match[1]), int(match[2])) for match in matches)
+
+  def variants(self) -> list[Variant]:
+    """Every quantized variant that the config asks for, once, in its order."""
+    quantize = self.config.quantize
+    found = [
+      Variant(method, levels, last_layer_levels(last, levels))
+      for method in quantize.methods
+      for levels in quantize.levels
+      for last in quantize.last_layer_levels
+    ]
+    return list(dict.fromkeys(found))
+
+  def model_directory(self, chunk: Chunk) -> pathlib.Path:
+    return self.root / "models" / chunk.name
+
+  def scores_path(self, variant: Variant, chunk: Chunk) -> pathlib.Path:
+    return self.root / "scores" / variant_name(variant) / f"{chunk.name}.npz"
+
+  def quantized_path(self, variant: Variant, chunk: Chunk) -> pathlib.Path:
+    return self.root / "quantized" / variant_name(variant) / f"{chunk.name}.npz"
+
+  def pending(self, variant: Variant, chunk: Chunk) -> bool:
+    """Whether the chunk's scores in this variant are still to be computed."""
+    path = self.scores_path(variant, chunk)
+    if not path.exists():
+      return True
+    try:
+      storage.load_arrays(path)
+    except storage.CorruptFileError:
+      print(f"{path} is corrupt; computing it anew.", flush=True)
+      path.unlink()
+      return True
+    return False
+
+  @functools.cached_property
+  def _predictors(self):
+    """Attack scores on the fixed views of the pool, and correctness on the test images."""
+    mean, std = jnp.asarray(self.dataset.mean), jnp.asarray(self.dataset.std)
+    queries, key = self.config.queries, self.key("queries")
+    augmentation = augment.make(tuple(queries.augmentation))
+
+    def views(images, positions):
+      augmented = augment.views(
+        key, images, positions, num_views=queries.views, augment=augmentation
+      )
+      return augment.normalise(augmented, mean, std)
+
+    def plain(images, positions):
+      del positions
+      return augment.normalise(images[None], mean, std)
+
+    return (
+      predict.predictor(self.model, prepare=views, reduce=confidence.logit_scaled),
+      predict.predictor(self.model, prepare=plain, reduce=predict.is_correct),
+    )
+
+  def save_scores(self, variant: Variant, chunk: Chunk, variables, **more) -> None:
+    """Runs stacked models over the pool's views and the test images, and writes what comes out."""
+    attack_scores, correct = self._predictors
+    data, batch_size = self.dataset, self.config.queries.batch_size
+    scores = attack_scores(variables, data.train_images, data.train_labels, batch_size=batch_size)
+    accuracy = correct(variables, data.test_images, data.test_labels, batch_size=batch_size)
+    storage.save_arrays(
+      self.scores_path(variant, chunk),
+      scores=scores.astype(np.float32),
+      accuracy=accuracy.mean(axis=(1, 2)),
+      **more,
+    )
+
+  def load_scores(self, variant: Variant, group: str) -> dict[str, np.ndarray]:
+    """All models of a group in one variant, in the order of their numbers.
+
+    Raises:
+      FileNotFoundError: if some are missing, with the stage that makes them.
+    """
+    parts = []
+    for chunk in self.chunks():
+      path = self.scores_path(variant, chunk)
+      if chunk.group == group:
+        if not path.exists():
+          stage = "train_shadows" if variant == FULL_PRECISION else "quantize"
+          raise FileNotFoundError(f"{path} is missing; run bash launch/run {stage} first.")
+        parts.append(storage.load_arrays(path))
+    return {
+      name: np.concatenate([part[name] for part in parts])
+      for name in parts[0]
+      if not name.startswith("unit")
+    }
+
+  def add_seconds(self, stage: str, seconds: float) -> None:
+    """Adds to the time that a stage has taken, over all runs."""
+    total = self.seconds()
+    storage.write_json(
+      self.root / "seconds.json", total | {stage: round(total.get(stage, 0.0) + seconds, 2)}
+    )
+
+  def seconds(self) -> dict[str, float]:
+    """Time that each stage has taken, over all runs."""
+    path = self.root / "seconds.json"
+    return storage.read_json(path) if path.exists() else {}
+
+  def timed(self, stage: str):
+    """A context manager that adds its duration to the stage's, also when it is interrupted."""
+    return _Timed(self, stage)
+
+
+class _Timed:
+  def __init__(self, audit, stage):
+    self._audit, self._stage = audit, stage
+
+  def __enter__(self):
+    self._start = time.monotonic()
+
+  def __exit__(self, *exception):
+    self._audit.add_seconds(self._stage, time.monotonic() - self._start)
+
+
+def open_audit(config: settings.Config, root: pathlib.Path) -> Audit:
+  """Checks the whole config before anything is computed, and that the workdir belongs to it.
+
+  Raises:
+    ValueError: a value that makes no sense, or a workdir of another config (the keys are named).
+    PermissionError, NotADirectoryError: a workdir that cannot be written.
+  """
+  root = storage.require_writable(root)
+  audit = Audit(config, root)
+  audit.check()
+  path = root / "config.json"
+  if path.exists():
+    stored = storage.read_json(path)
+    refuse_other_config(root, stored["config"], settings.plain(config))
+  if path.exists() and stored["data"] != audit.dataset.fingerprint:
+    raise ValueError(
+      f"the {config.data.name} data changed since {root} was begun; use another --workdir."
+    )
+  current = {"config": settings.plain(config), "data": audit.dataset.fingerprint}
+  if not path.exists() or stored != json.loads(json.dumps(current)):
+    storage.write_json(path, current)
+    rows = audit.members
+    storage.save_arrays(
+      root / "membership.npz",
+      members=rows["shadows"],
+      target_members=rows.get("targets", np.zeros((0, rows["shadows"].shape[1]), bool)),
+    )
+  return audit
+
+
+def refuse_other_config(root: pathlib.Path, stored: dict, current: dict) -> None:
+  """Raises ValueError, naming the first key that differs and matters."""
+  quantized = any((root / "quantized").glob("*/*.npz"))
+  for difference in settings.differences(stored, current):
+    key = difference.split(" ")[0]
+    section = key.partition(".")[0]
+    if key in MAY_CHANGE or section == "attack" or (section == "quantize" and not quantized):
+      continue
+    if key in MAY_GROW:
+      group, _, name = key.partition(".")
+      if current[group][name] >= stored[group][name]:
+        continue
+    raise ValueError(
+      f"workdir {root} belongs to another config: {difference}; use another --workdir, or delete it."
+    )
+
+
+def last_layer_levels(last: int | str, levels: int) -> int | None:
+  """What a value of quantize.last_layer_levels means: None is full precision."""
+  if last == "same":
+    return levels
+  if last == "full":
+    return None
+  if isinstance(last, int):
+    return last
+  raise ValueError(
+    f"quantize.last_layer_levels has {last!r}; use a number of levels, 'same' or 'full'."
+  )
+
+
+def variant_name(variant: Variant) -> str:
+  """The name of a variant's folders."""
+  if variant.method == "none":
+    return "full_precision"
+  last = "full" if variant.last_layer_levels is None else variant.last_layer_levels
+  return f"{variant.method}-{variant.levels}-{last}"
+
+
+def _cover(group, count, size, begun):
+  """Chunks that cover 0 .. count: the ones begun, and new ones in the gaps."""
+  if begun and begun[-1].last > count:
+    raise ValueError(
+      f"the workdir has {begun[-1].last} {group} but the config asks for {count}; a finished audit "
+      "can be extended, not shrunk: use another --workdir."
+    )
+  chunks, position = [], 0
+  for known in [*begun, Chunk(group, count, count)]:
+    for first in range(position, known.first, size):
+      chunks.append(Chunk(group, first, min(first + size, known.first)))
+    chunks.append(known)
+    position = known.last
+  return [chunk for chunk in chunks if len(chunk)]
