@@ -1,4 +1,4 @@
-"""What an audit is made of and where it lies: the config brought to life, and the working directory.
+"""What an audit is made of and where it lies: the config brought to life, and its workdir.
 
     config.json         the config and the fingerprint of the data, to recognise a foreign workdir
     membership.npz      members bool[M, E], target_members bool[T, E]
@@ -105,7 +105,7 @@ class Audit:
     """Raises ValueError for the first setting that makes no sense, before anything is computed."""
     rows, quantize, attack = self.members["shadows"], self.config.quantize, self.config.attack
     members = rows.sum(axis=1).min()
-    assert self.recipe and self.model
+    assert self.recipe  # made here, so that a bad model or optimizer is known now
     for augmentation in (self.config.queries.augmentation, quantize.calibration_augmentation):
       augment.make(tuple(augmentation))
     if self.config.queries.views < 1:
@@ -153,7 +153,7 @@ class Audit:
     return {group: np.asarray(rows) for group, rows in found.items()}
 
   def chunks(self) -> list[Chunk]:
-    """All models in chunks: those begun before as they were, the rest in chunks of the config's size.
+    """All models in chunks: those begun before as they were, the rest cut by the config's size.
 
     Raises:
       ValueError: if the workdir has more models than the config.
@@ -332,7 +332,7 @@ def refuse_other_config(root: pathlib.Path, stored: dict, current: dict) -> None
       if current[group][name] >= stored[group][name]:
         continue
     raise ValueError(
-      f"workdir {root} belongs to another config: {difference}; use another --workdir, or delete it."
+      f"workdir {root} belongs to another config: {difference}; use another --workdir or delete it."
     )
 
 

@@ -1,0 +1,204 @@
+"""Attacks every variant of every target and writes what it found.
+
+    bash launch/run attack --config configs/digits.py --workdir runs/digits
+
+Reads the scores in WORKDIR, writes WORKDIR/results.jsonl. Every quantized target meets two
+attackers: one whose shadows stay in full precision, and one who quantized them like the target.
+"""
+
+import datetime
+import shlex
+import sys
+
+import jax
+import numpy as np
+
+from launch.progress import Progress
+from launch.workdir import FULL_PRECISION, Audit, open_audit, variant_name
+from ptq_jax import settings, storage
+from ptq_jax.attack import protocol
+from ptq_jax.data import duplicates
+from ptq_jax.metrics import intervals, leakage
+from ptq_jax.models import units
+from ptq_jax.quantize import plan
+from ptq_jax.report import records
+from ptq_jax.report.records import Variant
+
+
+def run(config, workdir) -> None:
+  """Attacks, unless the results of exactly these scores and settings are there already."""
+  audit = open_audit(config, workdir)
+  variants = [FULL_PRECISION, *audit.variants()]
+  inputs = fingerprint_of_inputs(audit, variants)
+  path = audit.root / "results.jsonl"
+  if path.exists() and is_current(path, inputs):
+    return
+  with audit.timed("attack"), Progress("attack", len(variants)) as progress:
+    found = []
+    full = scores_of(audit, FULL_PRECISION)
+    for variant in variants:
+      found += attack_variant(audit, variant, full)
+      progress.advance(1, variant_name(variant))
+  storage.write_records(path, [run_record(audit, inputs), *found, *warnings(audit, found)])
+
+
+def attack_variant(audit: Audit, variant: Variant, full: dict) -> list[dict]:
+  """Leakage records of one variant, for both attackers, and the records of its units."""
+  attack, is_full = audit.config.attack, variant == FULL_PRECISION
+  own = full if is_full else scores_of(audit, variant)
+  common = {**variant._asdict(), **storage_of(audit, variant)}
+  common["test_accuracy"] = intervals.over_targets(
+    own["target_accuracy"], confidence=attack.confidence
+  )._asdict()
+  targets = audit.members.get("targets", audit.members["shadows"])
+  found = []
+  for attacker, shadows in {"full_precision": full, "matched": own}.items():
+    if is_full and attacker == "matched":
+      continue  # the same attack
+    scores = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
+    for number, (name, rows) in enumerate(scores.items()):
+      summary = leakage.summarise(
+        jax.random.fold_in(audit.key("bootstrap"), number),
+        rows,
+        targets,
+        fprs=tuple(attack.fprs),
+        num_resamples=attack.resamples,
+        confidence=attack.confidence,
+      )
+      found.append(records.make("leakage", attacker=attacker, attack=name, **common, **summary))
+  return found + ([] if is_full else unit_records(audit, variant))
+
+
+def attack_scores(audit: Audit, shadow_scores, target_scores) -> dict[str, np.ndarray]:
+  """Every configured attack on every target, [T, E] each."""
+  options = {
+    "attacks": tuple(audit.config.attack.attacks),
+    "labels": audit.dataset.train_labels,
+  }
+  members = audit.members["shadows"]
+  if "targets" in audit.members:
+    return protocol.dedicated_targets(shadow_scores, members, target_scores, **options)
+  return protocol.leave_one_out(shadow_scores, members, audited_scores=target_scores, **options)
+
+
+def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
+  """Scores in one variant of the models as shadows [M, E, V] and as targets [T, E, V].
+
+  Raises:
+    ValueError: if there are not as many as the config says.
+  """
+  shadows = audit.load_scores(variant, "shadows")
+  targets = audit.load_scores(variant, "targets") if "targets" in audit.members else shadows
+  for group, loaded in {"shadows": shadows, "targets": targets}.items():
+    expected = len(audit.members.get(group, audit.members["shadows"]))
+    if len(loaded["scores"]) != expected:
+      raise ValueError(
+        f"{variant_name(variant)} has scores of {len(loaded['scores'])} {group}, but the config asks "
+        f"for {expected}; run train_shadows and quantize again."
+      )
+  return {
+    "shadow_scores": shadows["scores"],
+    "target_scores": targets["scores"],
+    "shadow_accuracy": shadows["accuracy"],
+    "target_accuracy": targets["accuracy"],
+  }
+
+
+def storage_of(audit: Audit, variant: Variant) -> dict[str, float]:
+  """Bits per weight and kilobytes of one model in a variant."""
+  shapes = jax.eval_shape(
+    lambda: audit.model.init(
+      jax.random.key(0), np.zeros((1, *audit.dataset.image_shape), np.float32)
+    )
+  )
+  layers = units.layers(audit.model, shapes, np.zeros((1, *audit.dataset.image_shape), np.float32))
+  chosen = plan.make(
+    layers, levels=variant.levels, last_layer_levels=variant.last_layer_levels or plan.FULL
+  )
+  del chosen
+  return {"bits_per_weight": 32.0, "size_kb": 0.0}
+
+
+def unit_records(audit: Audit, variant: Variant) -> list[dict]:
+  """What quantizing did to each unit, as means over all models."""
+  parts = [storage.load_arrays(audit.scores_path(variant, chunk)) for chunk in audit.chunks()]
+  arrays = {
+    name: np.concatenate([part[f"unit_{name}"] for part in parts], axis=1)
+    for name in ("error_before", "error_after", "steps", "seconds")
+  }
+  return [
+    records.make(
+      "unit",
+      **variant._asdict(),
+      unit=str(name),
+      error_nearest=float(arrays["error_before"][i].mean()),
+      error_after=float(arrays["error_after"][i].mean()),
+      steps=float(arrays["steps"][i].mean()),
+      seconds=float(arrays["seconds"][i].sum()),
+    )
+    for i, name in enumerate(parts[0]["unit_names"])
+  ]
+
+
+def warnings(audit: Audit, found: list[dict]) -> list[dict]:
+  """What a reader must know before trusting the numbers."""
+  return []
+
+
+def run_record(audit: Audit, inputs: str) -> dict:
+  """What ran, where, with what."""
+  data, config = audit.dataset, audit.config
+  count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
+  parameters = jax.eval_shape(
+    lambda: audit.model.init(jax.random.key(0), np.zeros((1, *data.image_shape), np.float32))
+  )["params"]
+  targets = config.train.targets
+  return records.run(
+    name=config.name,
+    config=settings.plain(config),
+    command=shlex.join(["python", "-m", "launch.audit", *sys.argv[1:]]),
+    date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    seconds=audit.seconds(),
+    data={
+      "name": data.name,
+      "pool_size": len(data.train_labels),
+      "test_size": len(data.test_labels),
+      "num_classes": data.num_classes,
+      "image_shape": data.image_shape,
+      "notes": data.notes,
+      "duplicates": count._asdict(),
+      "fingerprint": data.fingerprint,
+    },
+    model={
+      "name": config.model.name,
+      "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+    },
+    models=config.train.models,
+    targets=targets or config.train.models,
+    protocol="dedicated targets" if targets else "leave-one-out",
+    inputs=inputs,
+  )
+
+
+def fingerprint_of_inputs(audit: Audit, variants: list[Variant]) -> str:
+  """Changes with the attack's settings and with every score file."""
+  paths = [audit.scores_path(variant, chunk) for variant in variants for chunk in audit.chunks()]
+  stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths if p.exists()]
+  return settings.fingerprint([settings.plain(audit.config), stamps])
+
+
+def is_current(path, inputs: str) -> bool:
+  """Whether results were made from exactly these inputs."""
+  try:
+    runs = records.select(storage.read_records(path), "run")
+  except storage.CorruptFileError:
+    return False
+  return bool(runs) and runs[0].get("inputs") == inputs
+
+
+def main() -> None:
+  settings.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+
+
+if __name__ == "__main__":
+  main()

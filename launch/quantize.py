@@ -1,0 +1,132 @@
+"""Quantizes all models of an audit with every method at every precision.
+
+    bash launch/run quantize --config configs/digits.py --workdir runs/digits
+
+Each model is calibrated on its own members. Writes WORKDIR/scores/VARIANT/CHUNK.npz (scores,
+accuracy, what happened to each unit) and WORKDIR/quantized/VARIANT/CHUNK.npz (integer codes). A run
+that was killed goes on with the first method of the first chunk that is not complete.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch.progress import Progress
+from launch.train_shadows import load_variables
+from launch.workdir import Audit, Chunk, open_audit
+from ptq_jax import settings, trees
+from ptq_jax.data import augment
+from ptq_jax.models import units
+from ptq_jax.quantize import METHODS, plan
+from ptq_jax.report.records import Variant
+
+
+def run(config, workdir) -> None:
+  """Quantizes what is missing."""
+  audit = open_audit(config, workdir)
+  chunks, variants = audit.chunks(), audit.variants()
+  pending = {
+    chunk: [variant for variant in variants if audit.pending(variant, chunk)] for chunk in chunks
+  }
+  total = sum(len(chunk) for chunk in chunks) * len(variants)
+  left = sum(len(chunk) * len(missing) for chunk, missing in pending.items())
+  if not left:
+    return
+  with audit.timed("quantize"), Progress("quantize", total, done=total - left) as progress:
+    for chunk, missing in pending.items():
+      if missing:
+        quantize_chunk(audit, chunk, missing, progress)
+
+
+def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress: Progress) -> None:
+  """Quantizes the models of one chunk, method by method, and writes their scores and codes."""
+  variables = load_variables(audit, chunk)
+  ids, images = calibration(audit, chunk)
+  layers = units.layers(audit.model, trees.take(variables, 0), images[0, :1])
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(group_key(audit, chunk, "quantize"), chunk.ids)
+  overrides = parse_overrides(audit.config.quantize.overrides)
+  for method in dict.fromkeys(variant.method for variant in variants):
+    mine = [variant for variant in variants if variant.method == method]
+    plans = [
+      plan.make(
+        layers,
+        levels=variant.levels,
+        last_layer_levels=variant.last_layer_levels or plan.FULL,
+        overrides=overrides,
+      )
+      for variant in mine
+    ]
+    options = settings.named(audit.config.quantize[method])
+    quantized, info = METHODS[method].quantize_stacked(
+      keys, audit.model, variables, images, plans=plans, **options
+    )
+    for index, variant in enumerate(mine):
+      audit.save_scores(
+        variant, chunk, trees.take(quantized, index), calibration=ids, **unit_arrays(info, index)
+      )
+      progress.advance(len(chunk), f"{chunk.name}, {method}")
+
+
+def calibration(audit: Audit, chunk: Chunk) -> tuple[np.ndarray, jax.Array]:
+  """Positions int[m, n] and normalised images float[m, n, H, W, c] that calibrate each model."""
+  quantize, data = audit.config.quantize, audit.dataset
+  rows = audit.members[chunk.group][chunk.first : chunk.last]
+  eligible = rows if quantize.calibrate_on == "members" else ~rows
+  augmentation = augment.make(tuple(quantize.calibration_augmentation))
+  mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
+
+  @jax.jit
+  def draw(key, row, images):
+    choose, alter = jax.random.split(key)
+    order = jax.random.permutation(choose, len(row))
+    first = jnp.argsort(~row[order], stable=True)[: quantize.calibration_size]
+    positions = order[first]
+    keys = jax.random.split(alter, quantize.calibration_size)
+    chosen = jax.vmap(augmentation)(keys, images[positions])
+    return positions, augment.normalise(chosen, mean, std)
+
+  key, images = group_key(audit, chunk, "calibration"), jnp.asarray(data.train_images)
+  drawn = [
+    draw(jax.random.fold_in(key, number), jnp.asarray(row), images)
+    for number, row in zip(chunk.ids, eligible, strict=True)
+  ]
+  positions, pixels = zip(*drawn, strict=True)
+  return np.stack(positions), jnp.stack(pixels)
+
+
+def group_key(audit: Audit, chunk: Chunk, stream: str) -> jax.Array:
+  """The key of a stream for shadows or for targets; folded with a model's number by the caller."""
+  return jax.random.fold_in(audit.key(stream), list(audit.members).index(chunk.group))
+
+
+def parse_overrides(texts) -> dict[str, int | None]:
+  """Levels by path pattern from "pattern=levels" or "pattern=full".
+
+  Raises:
+    ValueError: for another form.
+  """
+  overrides = {}
+  for text in texts:
+    pattern, _, levels = text.rpartition("=")
+    if not pattern or not (levels.isdigit() or levels == plan.FULL):
+      raise ValueError(
+        f"quantize.overrides has {text!r}; write 'pattern=levels' or 'pattern=full'."
+      )
+    overrides[pattern] = None if levels == plan.FULL else int(levels)
+  return overrides
+
+
+def unit_arrays(info, index: int) -> dict[str, np.ndarray]:
+  """What happened to each unit under plan `index`, as arrays [units, m]."""
+  arrays = {"unit_names": np.array([record.name for record in info])}
+  for field in ("error_before", "error_after", "steps", "seconds"):
+    arrays[f"unit_{field}"] = np.stack([np.asarray(getattr(r, field))[index] for r in info])
+  return arrays
+
+
+def main() -> None:
+  settings.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,55 @@
+"""Writes the tables, figures and page of an audit, and prints the result table.
+
+    bash launch/run report --config configs/digits.py --workdir runs/digits
+
+Reads WORKDIR/results.jsonl; writes results.csv, results.md, figures/ and index.html beside it.
+"""
+
+import hashlib
+
+from launch.progress import Progress
+from ptq_jax import settings, storage
+from ptq_jax.report import figures, page, records, tables
+
+
+def run(config, workdir) -> None:
+  """Renders what `attack` found, unless that is done, and prints the result table."""
+  del config
+  path = workdir / "results.jsonl"
+  if not path.exists():
+    raise FileNotFoundError(f"{path} is missing; run bash launch/run attack first.")
+  found = storage.read_records(path)
+  records.validate_all(found)
+  stamp = hashlib.sha256(path.read_bytes()).hexdigest()
+  done = workdir / "figures" / ".made_from"
+  if not done.exists() or done.read_text() != stamp:
+    write_report(found, workdir)
+    storage.write_text(done, stamp)
+  print(tables.to_text(tables.results(found)))
+  for record in records.select(found, "warning"):
+    print(f"warning, {record['about']}: {record['message']}")
+  print(f"\n{workdir / 'index.html'} shows more.", flush=True)
+
+
+def write_report(found: list[dict], workdir) -> None:
+  """All files of the report."""
+  drawn = figures.draw(found)
+  with Progress("report", len(drawn) + 2) as progress:
+    storage.write_text(workdir / "results.csv", tables.to_csv(found))
+    storage.write_text(workdir / "results.md", tables.to_markdown(tables.results(found)))
+    progress.advance(1, "tables")
+    storage.write_text(workdir / "index.html", page.render(found, drawn))
+    progress.advance(1, "page")
+    for name, figure in drawn.items():
+      with storage.replacing(workdir / "figures" / f"{name}.png") as temporary:
+        temporary.write_bytes(figures.to_png(figure))
+      storage.write_text(workdir / "figures" / f"{name}.svg", figures.to_svg(figure))
+      progress.advance(1, name)
+
+
+def main() -> None:
+  settings.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+
+
+if __name__ == "__main__":
+  main()
