@@ -164,7 +164,7 @@ def _resampled(key, order, is_member, is_other, is_vertex, limits, strict, *, nu
     return jax.lax.scan(add, empty, (order, chosen))[0]
 
   members, others = totals(is_member), totals(is_other)
-  allowed = limits.astype(jnp.float64)[:, None, None] * others
+  allowed = limits.astype(jnp.float64)[:, None, None] * others[None]
 
   def step(carry, row):
     index, member, other, vertex = (part[..., None] for part in row)
@@ -174,7 +174,8 @@ def _resampled(key, order, is_member, is_other, is_vertex, limits, strict, *, nu
     width = accepted_others - carry.vertex_others
     height = accepted_members.astype(jnp.float64) + carry.vertex_members
     advantage = accepted_members / members - accepted_others / others
-    within = jnp.where(strict[:, None, None], accepted_others < allowed, accepted_others <= allowed)
+    below, at_most = accepted_others[None] < allowed, accepted_others[None] <= allowed
+    within = vertex[None] & jnp.where(strict[:, None, None], below, at_most)
     return _Pass(
       accepted_members,
       accepted_others,
@@ -182,7 +183,7 @@ def _resampled(key, order, is_member, is_other, is_vertex, limits, strict, *, nu
       jnp.where(vertex, accepted_others, carry.vertex_others),
       jnp.where(vertex, carry.area + width * height / 2, carry.area),
       jnp.where(vertex, jnp.maximum(carry.advantage, advantage), carry.advantage),
-      jnp.where(vertex & within, accepted_members, carry.tpr),
+      jnp.where(within, accepted_members[None], carry.tpr),
     ), None
 
   start = _Pass(
@@ -196,7 +197,7 @@ def _resampled(key, order, is_member, is_other, is_vertex, limits, strict, *, nu
   )
   last = jax.lax.scan(step, start, (order, is_member, is_other, is_vertex))[0]
   auc = last.area / (members.astype(jnp.float64) * others)
-  return auc.T, (1 + last.advantage.T) / 2, (last.tpr / members).transpose(2, 1, 0)
+  return auc.T, (1 + last.advantage.T) / 2, (last.tpr / members[None]).transpose(2, 1, 0)
 
 
 def over_examples(
