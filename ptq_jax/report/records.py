@@ -417,7 +417,7 @@ def bounds_of(number: Record | None) -> tuple[float | None, float | None]:
 
 _METHOD_NAMES = {
   "none": "full precision",
-  "nearest": "nearest",
+  "nearest": "Nearest",
   "adaround": "AdaRound",
   "brecq": "BRECQ",
   "obc": "OBC",

@@ -46,6 +46,7 @@ class Cell(NamedTuple):
   below: str = ""  # the interval
   sort: int | float | str | None = None  # the exact value
   mark: str = ""  # a footnote mark, outside the alignment of the digits
+  span: tuple[float, float] | None = None  # the exact interval
 
 
 class Table(NamedTuple):
@@ -331,7 +332,10 @@ def _number(number: Record | None, scale: float, decimals: int) -> Cell:
   value = records_lib.value_of(number)
   if value is None:
     return Cell(MISSING)
-  return Cell(_fixed(scale * value, decimals), interval_words(number, scale, decimals), sort=value)
+  low, high = records_lib.bounds_of(number)
+  span = None if low is None or high is None else (low, high)
+  text, below = _fixed(scale * value, decimals), interval_words(number, scale, decimals)
+  return Cell(text, below, sort=value, span=span)
 
 
 def _rate(record: Record, tpr: Record | None) -> Cell:

@@ -64,7 +64,7 @@ def test_text_is_aligned_and_fits_a_terminal(example):
   assert max(map(len, lines)) <= 140
   rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
   body = [
-    line for line in lines[rule + 1 :] if line.startswith(("full", "near", "Ada", "BR", "OB"))
+    line for line in lines[rule + 1 :] if line.startswith(("full", "Near", "Ada", "BR", "OB"))
   ]
   assert len(body) == 1 + 4 * 3 + 3 * 4
   [end] = [line.index("accuracy %") + len("accuracy %") for line in lines if "accuracy %" in line]

@@ -1,0 +1,528 @@
+"""One self-contained HTML page that tells the result of an audit to a person.
+
+Styles, figures and the few lines of script are inside; nothing is fetched. Every text that comes
+from a record is escaped.
+"""
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ptq_jax.report import figures as figures_lib
+from ptq_jax.report import findings, tables
+from ptq_jax.report import records as records_lib
+from ptq_jax.report.records import Record, Row
+from ptq_jax.report.tables import Cell, Table, percent_words, rate_decimals
+
+CAPTIONS = {
+  "privacy_utility": (
+    "Privacy against utility",
+    "Down is more private, right is more accurate. Each line runs from full precision (star)"
+    " through the bit widths, widest first; bars are the intervals of both axes.",
+  ),
+  "roc": (
+    "ROC curves",
+    "True positives the attack gains for the false positives it accepts, both on logarithmic axes:"
+    " the left edge is where an accusation means something. On the diagonal it guesses.",
+  ),
+  "last_layer": (
+    "Precision of the last layer",
+    "The last layer alone is stored wider or narrower; all other layers stay the same.",
+  ),
+  "exposure_overlap": (
+    "Who is exposed",
+    "Are the most exposed examples the same as at full precision? 1 means the same set.",
+  ),
+  "exposed_examples": (
+    "The most exposed examples",
+    "Pool examples whose membership the attack is surest about, averaged over the targets.",
+  ),
+}
+"""Titles and captions of figures by name; other names are shown with their name as title."""
+
+GLOSSARY = (
+  ("Member", "An example that was in the target model's training set."),
+  (
+    "Shadow models",
+    "Models the attacker trains on data it knows, to learn how scores of members and non-members"
+    " differ.",
+  ),
+  (
+    "Full-precision shadows",
+    "The attacker does not quantize its shadows although the target is quantized. This is how"
+    " quantized models were audited so far.",
+  ),
+  (
+    "Matched shadows",
+    "The attacker quantizes every shadow as the target was quantized: what somebody can do who"
+    " knows the format of the shipped model. This is the honest bound.",
+  ),
+  (
+    "TPR at 1% FPR",
+    "The share of members found when at most 1% of non-members may be accused. Guessing finds 1%."
+    " A few people exposed with certainty matter more than an average, so look at low rates.",
+  ),
+  (
+    "AUC",
+    "The chance that a random member gets a higher score than a random non-member: 0.5 is"
+    " guessing, 1 is perfect.",
+  ),
+  (
+    "1.58 bit",
+    "Three levels per weight, since log2 3 = 1.58. Bits per weight also count the last layer and"
+    " the grids.",
+  ),
+  (
+    "Intervals",
+    "If the intervals of two numbers overlap, this audit does not tell them apart.",
+  ),
+)
+"""Terms and their meaning, in the order they are read."""
+
+
+def render(
+  records: Sequence[Record],
+  figures: Mapping[str, Figure] | None = None,
+  *,
+  attack: str | None = None,
+  fpr: float | None = None,
+) -> str:
+  """The whole page as HTML text.
+
+  Args:
+    records: any records (`records.validate_all`).
+    figures: what to show by name (`CAPTIONS`), in order; default `figures.draw(records)`.
+    attack: which attack; default `records.main_attack(records)`.
+    fpr: which false-positive rate the words quote; default `records.solid_fpr(records)`.
+  Returns:
+    A complete document: no other file and no network is needed to show it.
+  """
+  attack = records_lib.main_attack(records) if attack is None else attack
+  fpr = records_lib.solid_fpr(records, attack=attack) if fpr is None else fpr
+  figures = figures_lib.draw(records, attack=attack, fpr=fpr) if figures is None else figures
+  found = findings.summarize(records, attack=attack, fpr=fpr)
+  runs = records_lib.select(records, "run")
+  name = str(runs[0]["name"]) if runs else "audit"
+  body = [
+    _header(name, found),
+    _tiles(records_lib.side_by_side(records, attack=attack), fpr),
+    _points(found.points),
+    _warnings(records),
+    _results(records, attack),
+    _figures(figures),
+    _glossary(),
+    _more(records, attack),
+    _settings(runs),
+  ]
+  title = f"{name}: privacy audit"
+  return _DOCUMENT.format(
+    title=escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(part for part in body if part)
+  )
+
+
+def escape(text: Any) -> str:
+  """Text for HTML, in elements and in quoted attributes."""
+  return html.escape(tables.clean(str(text)), quote=True)
+
+
+# ---- sections ----
+
+
+def _header(name: str, found: findings.Findings) -> str:
+  return (
+    f'<header><p class="eyebrow">Privacy audit of quantized classifiers · {escape(name)}</p>'
+    f'<h1>{escape(found.headline)}</h1><p class="lede">{escape(found.audited)}</p></header>'
+  )
+
+
+def _tiles(rows: Sequence[Row], fpr: float | None) -> str:
+  """Full precision beside the narrowest variant as both attackers see it."""
+  if fpr is None:
+    return ""
+  full = next((row for row in rows if row.variant.method == "none"), None)
+  quantized = records_lib.main_rows([row for row in rows if row.variant.method != "none"])
+  chosen = findings.narrowest(quantized, fpr)
+  tiles = [] if full is None else [_tile(full, full.full_precision, "full-precision", fpr)]
+  for attacker, record in zip(
+    ("full-precision", "matched"), chosen[1:] if chosen else (), strict=False
+  ):
+    if record is not None:
+      tiles.append(_tile(chosen, record, attacker, fpr))
+  return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _tile(row: Row, record: Record | None, attacker: str, fpr: float) -> str:
+  tpr, accuracy = records_lib.tpr_at(record, fpr), row.any.get("test_accuracy")
+  decimals = rate_decimals(fpr)
+  return (
+    f'<div class="tile"><h3>{escape(records_lib.describe(row.variant))}</h3>'
+    f'<p class="who">attacker with {attacker} shadows</p>'
+    f'<p class="big">{_big(tpr, decimals)}{_within(tpr, decimals)}</p>'
+    f"<p>of members found at {percent_words(fpr)} false positives</p>"
+    f"<p>test accuracy <b>{_big(accuracy, 1)}</b>{_within(accuracy, 1)}</p></div>"
+  )
+
+
+def _big(number: Record | None, decimals: int) -> str:
+  value = records_lib.value_of(number)
+  return tables.MISSING if value is None else f"{100 * value:.{decimals}f}%"
+
+
+def _within(number: Record | None, decimals: int) -> str:
+  words = tables.interval_words(number, 100.0, decimals)
+  return f' <span class="range">{words}%</span>' if words else ""
+
+
+def _points(points: Sequence[str]) -> str:
+  items = "".join(f"<li>{escape(point)}</li>" for point in points)
+  return f'<section><h2>Findings</h2><ul class="points">{items}</ul></section>' if items else ""
+
+
+def _warnings(records: Sequence[Record]) -> str:
+  found = records_lib.select(records, "warning")
+  items = "".join(f"<li><b>{escape(w['about'])}</b>: {escape(w['message'])}</li>" for w in found)
+  heading = "1 warning" if len(found) == 1 else f"{len(found)} warnings"
+  if not found:
+    return ""
+  return f'<section class="warnings"><h2>{heading}</h2><ul>{items}</ul></section>'
+
+
+def _results(records: Sequence[Record], attack: str) -> str:
+  table = tables.results(records, attack=attack)
+  if not table.rows:
+    return ""
+  data = base64.b64encode(tables.to_csv(records).encode()).decode()
+  link = f'<a download="results.csv" href="data:text/csv;base64,{data}">all numbers as CSV</a>'
+  return f"<section><h2>{escape(table.title)}</h2>{table_html(table)}<p>{link}</p></section>"
+
+
+def _figures(figures: Mapping[str, Figure]) -> str:
+  parts = []
+  for i, (name, figure) in enumerate(figures.items()):
+    title, caption = CAPTIONS.get(name, (name.replace("_", " "), ""))
+    width = figure.get_size_inches()[0]
+    svg = figures_lib.to_inline_svg(figure, name=f"figure{i}", description=f"{title}. {caption}")
+    parts.append(
+      f'<figure{" class=wide" if width > 6 else ""}><h3>{escape(title)}</h3><div class="scroll">'
+      f'<div style="min-width:{58 * width:.0f}px;max-width:{108 * width:.0f}px">{svg}</div></div>'
+      f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+  if not parts:
+    return ""
+  return f'<section><h2>Figures</h2><div class="figures">{"".join(parts)}</div></section>'
+
+
+def _glossary() -> str:
+  items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in GLOSSARY)
+  return f"<section><h2>How to read this</h2><dl>{items}</dl></section>"
+
+
+def _more(records: Sequence[Record], attack: str) -> str:
+  """Tables that few need, folded."""
+  made = (tables.attacks(records), tables.precision(records, attack=attack), tables.units(records))
+  parts = [
+    f"<details><summary>{escape(table.title)}</summary>{table_html(table)}</details>"
+    for table in made
+    if table.rows
+  ]
+  return f"<section><h2>More numbers</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _settings(runs: Sequence[Record]) -> str:
+  if not runs:
+    return ""
+  run = runs[0]
+  facts = {"command": run["command"], "date": run["date"], "device": run["device"]}
+  facts |= {"protocol": run["protocol"], "models": run["models"], "targets": run["targets"]}
+  blocks = [
+    ("Run", facts),
+    ("Time per stage", {k: duration(v) for k, v in run["seconds"].items()}),
+    ("Data", dotted(run["data"])),
+    ("Model", dotted(run["model"])),
+    ("Configuration", dotted(run["config"])),
+    ("Versions", run["versions"]),
+  ]
+  parts = [
+    f"<details{' open' if i == 0 else ''}><summary>{title}</summary>{_facts(facts)}</details>"
+    for i, (title, facts) in enumerate(blocks)
+    if facts
+  ]
+  return f"<section><h2>Settings</h2>{''.join(parts)}</section>"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+  rows = "".join(
+    f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>"
+    for name, value in facts.items()
+  )
+  return f'<div class="scroll"><table class="facts">{rows}</table></div>'
+
+
+def _shown(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested settings by dotted key, as they are written on a command line.
+
+  >>> dotted({"train": {"epochs": 30}, "levels": [4, 3]})
+  {'train.epochs': 30, 'levels': [4, 3]}
+  """
+  flat = {}
+  for name, value in settings.items():
+    if isinstance(value, Mapping) and value:
+      flat |= dotted(value, f"{prefix}{name}.")
+    else:
+      flat[f"{prefix}{name}"] = value
+  return flat
+
+
+def duration(seconds: float | int | None) -> str:
+  """Seconds in words.
+
+  >>> duration(3.14159), duration(75), duration(7384)
+  ('3.1 s', '1 min 15 s', '2 h 3 min')
+  """
+  if seconds is None:
+    return tables.MISSING
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes, rest = divmod(round(seconds), 60)
+  return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# ---- tables ----
+
+
+def table_html(table: Table) -> str:
+  """A table with sortable columns; intervals are written and drawn below their number."""
+  groups = [column.group for column in table.columns]
+  top = "".join(
+    f'<th colspan="{span}"{" class=group" if group else ""}>{escape(group)}</th>'
+    for group, span in _spans(groups)
+  )
+  heads = "".join(
+    f'<th{_classes(groups, i)} aria-sort="none"><button type="button">'
+    f"{_heading(column.name)}</button></th>"
+    for i, column in enumerate(table.columns)
+  )
+  scales = [_scale(table, i) for i in range(len(table.columns))]
+  pairs = zip([None, *table.rows], table.rows, strict=False)
+  rows = "".join(_row(row, previous, table, groups, scales) for previous, row in pairs)
+  notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+  return (
+    f'<div class="scroll"><table class="data"><thead>{f"<tr>{top}</tr>" if any(groups) else ""}'
+    f"<tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    + (f'<ul class="notes">{notes}</ul>' if notes else "")
+  )
+
+
+def _heading(name: str) -> str:
+  return "<br>".join(escape(line) for line in name.split("\n"))
+
+
+def _row(
+  row: Sequence[Cell], previous: Sequence[Cell] | None, table: Table, groups: Sequence[str],
+  scales: Sequence[tuple[float, float] | None],
+) -> str:  # fmt: skip
+  first = previous is not None and previous[0].text != row[0].text
+  cells = []
+  for i, (cell, column, scale) in enumerate(zip(row, table.columns, scales, strict=True)):
+    tag = "th scope=row" if i == 0 else "td"
+    sort = "" if cell.sort is None else f' data-sort="{escape(cell.sort)}"'
+    classes = _classes(groups, i, "words" if column.words else "")
+    cells.append(f"<{tag}{classes}{sort}>{_cell(cell, scale)}</{tag[:2]}>")
+  return f"<tr{' class=first' if first else ''}>{''.join(cells)}</tr>"
+
+
+def _cell(cell: Cell, scale: tuple[float, float] | None) -> str:
+  text = escape(cell.text) + (f"<sup>{escape(cell.mark)}</sup>" if cell.mark else "")
+  if cell.below:
+    text += f"<small>{escape(cell.below)}</small>"
+  return text + _whisker(cell, scale)
+
+
+def _whisker(cell: Cell, scale: tuple[float, float] | None) -> str:
+  """The interval drawn as a bar with a dot, on the scale shared by both attackers."""
+  if scale is None or cell.span is None or not isinstance(cell.sort, float):
+    return ""
+  start, stop = scale
+  low, high, value = (100 * (x - start) / (stop - start) for x in (*cell.span, cell.sort))
+  style = f"--low:{low:.1f}%;--size:{max(high - low, 0):.1f}%;--value:{value:.1f}%"
+  return f'<i class="whisker" style="{style}"></i>'
+
+
+def _scale(table: Table, index: int) -> tuple[float, float] | None:
+  """The range of a grouped column and of those with its name: from zero (AUC: from 0.5)."""
+  column = table.columns[index]
+  if not column.group:
+    return None
+  same = [i for i, other in enumerate(table.columns) if other.name == column.name]
+  spans = [row[i].span for row in table.rows for i in same if row[i].span is not None]
+  start = min([0.5 if column.name == "AUC" else 0.0, *(low for low, _ in spans)])
+  stop = max((high for _, high in spans), default=start)
+  return (start, stop) if stop > start else None
+
+
+def _spans(groups: Sequence[str]) -> list[tuple[str, int]]:
+  spans: list[tuple[str, int]] = []
+  for group in groups:
+    if spans and spans[-1][0] == group:
+      spans[-1] = (group, spans[-1][1] + 1)
+    else:
+      spans.append((group, 1))
+  return spans
+
+
+def _classes(groups: Sequence[str], index: int, *more: str) -> str:
+  edge = index and groups[index] != groups[index - 1]
+  names = [name for name in ("edge" if edge else "", *more) if name]
+  return f' class="{" ".join(names)}"' if names else ""
+
+
+_DOCUMENT = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root {
+  --paper: #ffffff; --page: #f5f6f8; --ink: #1b1b1f; --muted: #5e6570; --line: #dfe2e7;
+  --accent: #0b62b0; --warn: #9a5b00; --warn-paper: #fff6e5;
+  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #1c1f24; --page: #14161a; --ink: #e9ebef; --muted: #9aa2ae; --line: #343941;
+    --accent: #6db3f2; --warn: #f0b95a; --warn-paper: #2b2416;
+  }
+  figure svg { filter: brightness(1.2); }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 var(--font);
+  -webkit-text-size-adjust: 100%;
+}
+main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: clamp(1.45rem, 3.6vw, 2.15rem); line-height: 1.22; margin: .35rem 0 .8rem;
+  max-width: 32em; text-wrap: balance; letter-spacing: -.012em; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; }
+h3 { font-size: 1rem; margin: 0 0 .4rem; }
+p { margin: .4rem 0; }
+a { color: var(--accent); }
+.eyebrow { color: var(--muted); font-size: .85rem; margin: 0; overflow-wrap: anywhere; }
+.lede { color: var(--muted); max-width: 60em; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .9rem;
+  margin: 1.6rem 0; }
+.tile, figure, .warnings, details, section > .scroll {
+  background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+}
+.tile { padding: 1rem 1.1rem; overflow-wrap: anywhere; }
+.tile h3 { font-size: .98rem; margin: 0; }
+.tile h3::first-letter { text-transform: uppercase; }
+.tile .who { color: var(--muted); margin: 0 0 .5rem; }
+.tile .big .range { font-size: .95rem; font-weight: 400; letter-spacing: 0; }
+.tile .big { font-size: 2.3rem; font-weight: 650; line-height: 1.1; margin: .1rem 0;
+  letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
+.tile p { font-size: .92rem; }
+.range { color: var(--muted); white-space: nowrap; font-variant-numeric: tabular-nums; }
+.points { padding-left: 1.2rem; max-width: 62em; margin: 0; }
+.points li { margin: .35rem 0; overflow-wrap: anywhere; }
+.warnings { background: var(--warn-paper); border-color: var(--warn); padding: .9rem 1.1rem;
+  margin-top: 1.6rem; }
+.warnings h2 { margin: 0 0 .3rem; font-size: 1rem; color: var(--warn); }
+.warnings ul { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; }
+.data { font-variant-numeric: tabular-nums; line-height: 1.3; }
+.data th, .data td { padding: .42rem .6rem; text-align: right; vertical-align: top;
+  white-space: nowrap; }
+.data td.words, .data th.words, .data thead th:first-child { text-align: left; }
+.data .words { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 16rem; }
+.data thead th { font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+.data thead .group { text-align: center; border-bottom-width: 2px;
+  border-bottom-color: var(--muted); }
+.data tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper); }
+.data tbody tr + tr td, .data tbody tr + tr th { border-top: 1px solid var(--line); }
+.data tbody tr.first td, .data tbody tr.first th { border-top-color: var(--muted); }
+.data tbody tr:hover td, .data tbody tr:hover th { background: var(--page); }
+.data .edge { border-left: 1px solid var(--line); }
+.data button { all: unset; cursor: pointer; font: inherit; }
+.data button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.data [aria-sort=ascending] button::after { content: " \\2191"; }
+.data [aria-sort=descending] button::after { content: " \\2193"; }
+.data small { display: block; color: var(--muted); font-size: .92em; font-weight: 400; }
+.data sup { position: absolute; font-size: .85em; line-height: 1.2; color: var(--warn); }
+.whisker { display: block; position: relative; height: 7px; margin-top: 3px; min-width: 4.2rem;
+  background: linear-gradient(var(--line), var(--line)) center / 100% 1px no-repeat; }
+.whisker::before { content: ""; position: absolute; top: 2.5px; height: 2px; left: var(--low);
+  width: var(--size); background: var(--accent); }
+.whisker::after { content: ""; position: absolute; top: .5px; width: 6px; height: 6px;
+  margin-left: -3px; left: var(--value); border-radius: 50%; background: var(--accent); }
+.notes { color: var(--muted); font-size: .85rem; padding-left: 1.1rem; max-width: 70em;
+  overflow-wrap: anywhere; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
+  gap: 1rem; }
+figure { margin: 0; padding: 1rem 1.1rem; min-width: 0; }
+figure.wide { grid-column: 1 / -1; }
+figure .scroll > div { margin: 0 auto; }
+figure svg { display: block; width: 100%; height: auto; }
+figcaption { color: var(--muted); font-size: .9rem; margin-top: .6rem; max-width: 60em; }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .5rem 1.2rem;
+  max-width: 62em; margin: 0; }
+dt { font-weight: 600; } dd { margin: 0; }
+details { margin: 0 0 .6rem; }
+summary { cursor: pointer; padding: .65rem 1rem; font-weight: 600; }
+details > .scroll { border-top: 1px solid var(--line); }
+details > .notes { margin: .6rem 1rem; }
+.facts th { text-align: left; font-weight: 400; color: var(--muted); vertical-align: top;
+  padding: .3rem 1rem; white-space: nowrap; width: 1%; }
+.facts td { padding: .3rem 1rem; font-family: ui-monospace, Menlo, Consolas, monospace;
+  font-size: .92em; overflow-wrap: anywhere; min-width: 12rem; }
+@media (max-width: 640px) {
+  main { padding: 1.4rem .9rem 3rem; }
+  dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .7rem; }
+  .data th, .data td { padding: .38rem .45rem; }
+  .data .words { max-width: 8rem; min-width: 6.1rem; }
+}
+@media print {
+  body { background: none; } .scroll { overflow: visible; } main { max-width: none; }
+}
+"""
+
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.data")) {
+  const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  heads.forEach((head, index) => head.querySelector("button").addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+    const key = row => row.cells[index].dataset.sort;
+    const rows = [...table.tBodies[0].rows];
+    rows.sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return up * order;
+    });
+    heads.forEach(other => other.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", up === 1 ? "ascending" : "descending");
+    rows.forEach(row => { row.classList.remove("first"); table.tBodies[0].append(row); });
+  }));
+}
+"""

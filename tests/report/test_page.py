@@ -1,0 +1,160 @@
+import base64
+import html.parser
+import re
+
+import numpy as np
+import pytest
+
+from ptq_jax.report import figures, page, records, tables
+
+VOID = {"meta", "br", "link", "img", "hr"}
+
+
+class Reader(html.parser.HTMLParser):
+  """Checks that elements nest, and keeps tags, attributes and text."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.tags, self.attributes, self.text = [], [], [], []
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] not in ("style", "script"):
+      self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def audit(example):
+  return example.audit(methods=("obc",))
+
+
+@pytest.fixture(scope="module")
+def rendered(audit):
+  return page.render(audit)
+
+
+def test_the_page_is_well_formed_and_complete(rendered):
+  reader = Reader(rendered)
+  assert reader.open == []
+  assert reader.tags.count("svg") == 4
+  assert reader.tags.count("h1") == 1
+  text = " ".join(reader.text)
+  for heading in ("Findings", "1 warning", "Figures", "How to read this", "Settings"):
+    assert heading in text
+  assert "shadows are 2.1 points less accurate." in text
+  assert "train.epochs" in text
+  assert "python -m launch.audit --config configs/digits.py" in text
+  assert "1 min 1 s" in text
+
+
+def test_the_page_needs_nothing_else(rendered):
+  assert "http" not in rendered
+  assert "@import" not in rendered
+  assert "url(" not in re.sub(r"url\(#", "", rendered)
+  links = [value for name, value in Reader(rendered).attributes if name in ("src", "href")]
+  assert all(value.startswith(("data:", "#")) for value in links)
+
+
+def test_ids_are_unique_except_inside_svg_definitions(rendered):
+  ids = [value for name, value in Reader(rendered).attributes if name == "id"]
+  assert len(ids) == len(set(ids))
+
+
+def test_the_page_is_the_same_every_time(example):
+  audit = [example.leakage(), example.leakage("obc", 3, 3), example.run()]
+  assert page.render(audit) == page.render(audit)
+
+
+def test_the_numbers_are_inside_as_csv(audit, rendered):
+  [data] = re.findall(r'href="data:text/csv;base64,([^"]*)"', rendered)
+  assert base64.b64decode(data).decode() == tables.to_csv(audit)
+
+
+def test_everything_from_records_is_escaped(example):
+  evil = "<script>alert('x')</script>\"&\x1b"
+  audit = [
+    example.run(
+      name=evil,
+      config={evil: {evil: evil}},
+      command=evil,
+      data={"name": evil},
+      model={"name": evil},
+      seconds={evil: 1.0},
+      versions={evil: evil},
+      device=evil,
+    ),
+    example.leakage(interval=evil),
+    example.leakage(evil, 3, 3, attack="lira_online"),
+    example.leakage(evil, 3, 16, "matched"),
+    example.leakage(evil, 3, 3, attack=evil),
+    example.unit(evil, 3, 3, evil),
+    records.make("warning", about=evil, message=evil),
+  ]
+  drawn = {evil: figures.privacy_utility(audit)}
+  text = page.render(audit, drawn)
+  assert text.count("<script>") == 1
+  assert "<script>alert" not in text
+  assert "\x1b" not in text
+  reader = Reader(text)
+  assert reader.open == []
+  assert "alert('x')" in " ".join(reader.text)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda example: [],
+    lambda example: [example.run()],
+    lambda example: [example.leakage()],
+    lambda example: [example.leakage("obc", 3, 3, "matched")],
+    lambda example: [example.leakage(tpr=[], curve=None, precision=[])],
+    lambda example: [example.leakage("a" * 300, 3, 3, test_accuracy=records.number(None))],
+    lambda example: [example.run(seconds={"train": None}, config={}), example.leakage()],
+  ],
+)
+def test_the_page_does_with_little(example, make):
+  assert Reader(page.render(make(example))).open == []
+
+
+def test_tables_are_sortable_by_exact_values(example):
+  table = tables.results([example.leakage(), example.leakage("obc", 3, 3, accuracy=0.123456)])
+  text = page.table_html(table)
+  assert 'data-sort="0.123456"' in text
+  assert text.count("<button") == len(table.columns)
+  assert Reader(text).open == []
+
+
+def test_whiskers_share_a_scale_between_attackers(example):
+  narrow = [example.rate(0.1, fpr=0.01, rule="at_most"), example.rate(0.1, fpr=0.001)]
+  wide = [example.rate(0.2, fpr=0.01, rule="at_most"), example.rate(0.1, fpr=0.001)]
+  table = tables.results(
+    [
+      example.leakage("obc", 3, 3, tpr=narrow),
+      example.leakage("obc", 3, 3, "matched", tpr=wide),
+    ],
+    fprs=(0.01,),
+  )
+  shown = re.findall(r"--low:([\d.]+)%;--size:([\d.]+)%;--value:([\d.]+)%", page.table_html(table))
+  plain, matched = np.array(shown[1], float), np.array(shown[3], float)
+  np.testing.assert_allclose(plain, 100 * np.array([0.09, 0.02, 0.1]) / 0.22, atol=0.06)
+  np.testing.assert_allclose(matched, 100 * np.array([0.18, 0.04, 0.2]) / 0.22, atol=0.06)
+
+
+def test_weak_rates_keep_their_marks(example):
+  text = page.render([example.leakage(non_members=750)])
+  assert "<sup>†</sup>" in text
+  assert "<sup>‡</sup>" in text
