@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jaxtyping
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
 
@@ -19,6 +20,9 @@ ArrayLike = jax.Array | np.ndarray
 
 Key = PRNGKeyArray
 """A new-style random key, `jax.random.key(seed)`."""
+
+Keys = jaxtyping.Key[Array, "M"]
+"""One random key per model."""
 
 PyTree = Any
 """Nested containers of arrays."""
@@ -33,6 +37,7 @@ __all__ = [
   "Float",
   "Int",
   "Key",
+  "Keys",
   "PyTree",
   "Shaped",
   "UInt8",

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 Config = config_dict.ConfigDict
@@ -38,9 +38,13 @@ def launch(
     description: what `--help` says first.
   """
   values, where, debug = _define_flags(config, workdir)
-  sys.modules["__main__"].__doc__ = description
+  if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+    print(_help(description, flags.FLAGS["config"].value))
+    sys.exit(0)
 
   def main(arguments: Sequence[str]) -> None:
+    if flags.FLAGS["verbosity"].using_default_value:
+      logging.set_verbosity(logging.WARNING)  # absl's default also shows JAX's notes to itself
     try:
       if len(arguments) > 1:
         raise ValueError(f"{arguments[1]!r} is not a flag; flags start with --, see --help.")
@@ -60,15 +64,24 @@ def _define_flags(config, workdir):
   """--config, --workdir and the rest; overrides of --config are read already here."""
   try:
     values = config_flags.DEFINE_config_file(
-      "config", config, "Python file with get_config(); override as --config.train.epochs=30."
+      "config", config, "Python file with get_config(arg=''); FILE.py:ARG passes it ARG."
     )
   except _BAD_CONFIG as error:
     sys.exit(_say(_unknown_key(sys.argv, config) or _unreadable(error), USER_ERROR))
   where = flags.DEFINE_string("workdir", workdir, "Where everything is written, and resumed from.")
   debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
   flags.DEFINE_string("compilation_cache", None, "Folder of JAX's compilation cache ('' for none).")
-  flags.FLAGS.set_default("verbosity", -1)  # warnings; absl's own default also shows JAX's notes
   return values, where, debug
+
+
+def _help(description, config):
+  """What --help prints: the purpose, the flags, every key of the config with its default."""
+  own = ("config", "workdir", "debug", "compilation_cache")
+  lines = [f"  --{name}: {flags.FLAGS[name].help}" for name in own]
+  keys = _dotted(plain(config)) if isinstance(config, Config) else {}
+  lines += ["", "Keys of the config, as --config.KEY=VALUE, with the values of this --config:"]
+  lines += [f"  {key} = {value!r}" for key, value in keys.items()]
+  return "\n".join([description.strip(), "", "Flags:", *lines])
 
 
 def use_compilation_cache(directory: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ptq_jax.base import Array, Int, Key, UInt8
+from ptq_jax.base import Array, Int, Key, Keys, UInt8
 from ptq_jax.train import fit
 
 
@@ -23,12 +23,12 @@ class Epoch(NamedTuple):
   metrics: fit.Metrics  # [M], means over the epoch; on the device, reading them waits for it
 
 
-def model_keys(key: Key, model_ids: Int[Array, "M"]) -> Key:
+def model_keys(key: Key, model_ids: Int[Array, "M"]) -> Keys:
   """One key per model, `fold_in(key, model_id)`: the same whatever chunk the model is in."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(model_ids))
 
 
-def init(keys: Key, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) -> fit.State:
+def init(keys: Keys, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) -> fit.State:
   """Fresh states of a chunk, stacked."""
   return jax.jit(jax.vmap(functools.partial(fit.init, recipe=recipe, image_shape=image_shape)))(
     keys
@@ -37,7 +37,7 @@ def init(keys: Key, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) ->
 
 def epochs(
   states: fit.State,
-  keys: Key,
+  keys: Keys,
   recipe: fit.Recipe,
   images: UInt8[Array, "E H W c"],
   labels: Int[Array, "E"],

@@ -1,0 +1,115 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptq_jax.models import conv
+
+GEOMETRIES = {
+  "same": ((1, 1), "SAME", (1, 1), 1),
+  "strided": ((2, 2), ((1, 1), (1, 1)), (1, 1), 1),
+  "valid_dilated": ((1, 1), "VALID", (2, 2), 1),
+  "grouped": ((1, 2), ((1, 0), (0, 1)), (1, 1), 2),
+}
+
+
+def arrays(groups, *, models=None):
+  lead = () if models is None else (models,)
+  images = jax.random.normal(jax.random.key(0), (*lead, 3, 7, 6, 4))
+  kernel = jax.random.normal(jax.random.key(1), (*lead, 3, 3, 4 // groups, 6))
+  return images, kernel
+
+
+def convolve(function, images, kernel, geometry):
+  strides, padding, dilation, groups = geometry
+  return function(
+    images,
+    kernel,
+    strides,
+    padding,
+    rhs_dilation=dilation,
+    dimension_numbers=conv.DIMENSION_NUMBERS,
+    feature_group_count=groups,
+  )
+
+
+def value_and_gradients(function, images, kernel, geometry):
+  """The convolution, and both gradients of a function of it that is not linear."""
+
+  def objective(images, kernel):
+    out = convolve(function, images, kernel, geometry)
+    return jnp.sum(jnp.sin(out) * jnp.linspace(-1, 1, out.size).reshape(out.shape)), out
+
+  gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+  (_, out), gradients = gradient(images, kernel)
+  return out, *gradients
+
+
+def assert_close(ours, theirs):
+  for mine, other in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_model_is_lax(name):
+  images, kernel = arrays(GEOMETRIES[name][-1])
+  run = functools.partial(value_and_gradients, geometry=GEOMETRIES[name])
+  assert_close(
+    *(
+      jax.jit(functools.partial(run, function))(images, kernel)
+      for function in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+  )
+
+
+@pytest.mark.parametrize("shared", ["neither", "images", "kernel"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_vmap_is_a_loop_over_models(name, shared):
+  images, kernel = arrays(GEOMETRIES[name][-1], models=3)
+  images = images[0] if shared == "images" else images
+  kernel = kernel[0] if shared == "kernel" else kernel
+  axes = (None if shared == "images" else 0, None if shared == "kernel" else 0)
+  run = functools.partial(value_and_gradients, conv.conv_general_dilated, geometry=GEOMETRIES[name])
+  batched = jax.jit(jax.vmap(run, in_axes=axes))(images, kernel)
+  alone = jax.jit(run)
+  for model in range(3):
+    one = alone(
+      images if shared == "images" else images[model],
+      kernel if shared == "kernel" else kernel[model],
+    )
+    assert_close([part[model] for part in batched], one)
+
+
+def test_vmap_inside_vmap():
+  images, kernel = arrays(1, models=4)
+  images, kernel = (a.reshape(2, 2, *a.shape[1:]) for a in (images, kernel))
+  run = functools.partial(
+    value_and_gradients, conv.conv_general_dilated, geometry=GEOMETRIES["strided"]
+  )
+  nested = jax.jit(jax.vmap(jax.vmap(run)))(images, kernel)
+  assert_close([part[1, 0] for part in nested], run(images[1, 0], kernel[1, 0]))
+
+
+def test_no_grouped_convolution_is_left_on_a_cpu():
+  images, kernel = arrays(1, models=3)
+  run = functools.partial(
+    value_and_gradients, conv.conv_general_dilated, geometry=GEOMETRIES["same"]
+  )
+  text = str(jax.make_jaxpr(jax.vmap(run))(images, kernel))
+  assert "feature_group_count=3" not in text
+  plain = functools.partial(
+    value_and_gradients, jax.lax.conv_general_dilated, geometry=GEOMETRIES["same"]
+  )
+  assert "feature_group_count=3" in str(jax.make_jaxpr(jax.vmap(plain))(images, kernel))
+
+
+def test_other_layouts_are_refused():
+  images, kernel = arrays(1)
+  with pytest.raises(ValueError, match="dimension_numbers must be"):
+    conv.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=None)
+  with pytest.raises(ValueError, match="lhs_dilation must be 1"):
+    conv.conv_general_dilated(
+      images, kernel, (1, 1), "VALID", (2, 2), dimension_numbers=conv.DIMENSION_NUMBERS
+    )

@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptq_jax import models, trees
+from ptq_jax.models import predict
+
+
+@pytest.fixture(scope="module")
+def setup():
+  model = models.make("convnet", num_classes=3, width=2)
+  images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 1), dtype=np.uint8)
+  labels = np.arange(11) % 3
+  init = jax.jit(model.init)
+  one = [init(jax.random.key(i), jnp.zeros((1, 8, 8, 1))) for i in range(3)]
+  return model, one, images, labels
+
+
+def two_views(images, positions):
+  """The image, and the image with its position in the data set added to every pixel."""
+  pixels = images.astype(jnp.float32) / 255
+  return jnp.stack([pixels, pixels + positions[:, None, None, None]])
+
+
+def test_equals_one_model_one_view_at_a_time(setup):
+  model, one, images, labels = setup
+  run = predict.predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  found = run(trees.stack(one), images, labels, batch_size=4)
+  assert found.shape == (3, 11, 2, 3)
+  for m, variables in enumerate(one):
+    for v, pixels in enumerate(two_views(images, jnp.arange(11))):
+      np.testing.assert_allclose(
+        found[m, :, v], model.apply(variables, pixels), rtol=1e-4, atol=1e-5
+      )
+
+
+def test_batch_size_changes_nothing_and_compiles_once(setup):
+  model, one, images, labels = setup
+  shapes = []
+
+  def correct(logits, labels):
+    shapes.append(logits.shape)
+    return predict.is_correct(logits, labels)
+
+  run = predict.predictor(model, prepare=two_views, reduce=correct)
+  whole = run(trees.stack(one), images, labels, batch_size=100)
+  parts = run(trees.stack(one), images, labels, batch_size=4)
+  np.testing.assert_array_equal(whole, parts)
+  assert shapes == [(3, 2, 11, 3), (3, 2, 4, 3)]
+  assert set(np.unique(whole)) <= {0.0, 1.0}
+
+
+def test_batch_size_must_be_positive(setup):
+  model, one, images, labels = setup
+  run = predict.predictor(model, prepare=two_views, reduce=predict.is_correct)
+  with pytest.raises(ValueError, match="batch_size is 0"):
+    run(trees.stack(one), images, labels, batch_size=0)

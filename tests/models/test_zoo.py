@@ -1,0 +1,116 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptq_jax import models
+
+PARAMETERS = {  # published numbers, or counted by hand
+  ("resnet18", 10): 11_173_962,
+  ("resnet18", 100): 11_220_132,
+  ("resnet34", 10): 21_282_122,
+  ("resnet50", 10): 23_520_842,
+  ("resnet8", 10): 78_042,
+  ("convnet", 10): 24_346,
+}
+SHORT = {"convnet": {}, "resnet8": {"width": 4}, "resnet20": {"width": 4}}
+
+
+def shapes(model, size=32, channels=3):
+  images = jnp.zeros((1, size, size, channels))
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+@pytest.mark.parametrize(("name", "classes"), PARAMETERS)
+def test_number_of_parameters(name, classes):
+  params = shapes(models.make(name, num_classes=classes))["params"]
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name, classes]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_units_in_order_are_the_model(name, key):
+  model = models.make(name, num_classes=5, **SHORT[name])
+  images = jax.random.normal(key, (2, 8, 8, 3))
+  variables = jax.jit(model.init)(key, images)
+
+  @jax.jit
+  def chain(variables, x):
+    for unit in model.units():
+      x = model.apply(variables, x, unit, method="run_unit")
+    return x
+
+  np.testing.assert_allclose(
+    chain(variables, images), jax.jit(model.apply)(variables, images), rtol=1e-5, atol=1e-6
+  )
+  assert set(model.units()) == set(variables["params"])
+  with pytest.raises(ValueError, match="no unit 'tail'; the units are"):
+    model.apply(variables, images, "tail", method="run_unit")
+
+
+def test_training_uses_and_updates_batch_statistics(key):
+  model = models.make("convnet", num_classes=3, width=2)
+  images = 5 + jax.random.normal(key, (64, 8, 8, 1))
+  variables = jax.jit(model.init)(key, images)
+  train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+  _, updates = train(variables, images)
+  kernel = variables["params"]["stem"]["conv"]["kernel"]
+  out = jax.lax.conv_general_dilated(
+    images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  np.testing.assert_allclose(
+    updates["batch_stats"]["stem"]["bn"]["mean"], 0.1 * out.mean((0, 1, 2)), rtol=1e-3
+  )
+
+
+def test_initialisation_is_pytorch_s_default(key):
+  model = models.make("resnet8", num_classes=100, width=16)
+  params = jax.jit(model.init)(key, jnp.zeros((1, 8, 8, 3)))["params"]
+  kernel = params["blocks_1"]["conv1"]["conv"]["kernel"]
+  bound = (9 * 16) ** -0.5
+  assert np.abs(kernel).max() <= bound
+  assert np.std(kernel) == pytest.approx(bound / 3**0.5, rel=0.05)
+  bias = params["head"]["classifier"]["bias"]
+  assert 0.5 * 64**-0.5 < np.abs(bias).max() <= 64**-0.5
+
+
+def test_bfloat16_computes_in_16_bit_and_keeps_float32_parameters_and_logits(key):
+  model = models.make("resnet8", num_classes=3, width=4, dtype=jnp.bfloat16)
+  images = jax.random.normal(key, (2, 8, 8, 3))
+  variables = jax.jit(model.init)(key, images)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+  stem = jax.eval_shape(
+    lambda v, x: model.apply(v, x, "stem", method="run_unit"), variables, images
+  )
+  assert stem.dtype == jnp.bfloat16
+  assert jax.eval_shape(model.apply, variables, images).dtype == jnp.float32
+
+
+class Tiny(nn.Module):
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+
+def test_own_factory_by_name(monkeypatch):
+  import sys
+  import types
+
+  module = types.ModuleType("somebody")
+  module.make = Tiny
+  module.wrong = lambda num_classes: "a string"
+  monkeypatch.setitem(sys.modules, "somebody", module)
+  assert models.make("somebody:make", num_classes=4) == Tiny(4)
+  with pytest.raises(ValueError, match=r"made a str, not a flax\.linen\.Module"):
+    models.make("somebody:wrong", num_classes=4)
+  with pytest.raises(ValueError, match="cannot be imported"):
+    models.make("somebody:other", num_classes=4)
+
+
+def test_unknown_names_and_options_are_refused():
+  with pytest.raises(ValueError, match=r"model\.name is 'resnet9'; use one of"):
+    models.make("resnet9", num_classes=2)
+  with pytest.raises(ValueError, match=r"'convnet' has no option 'depth'; it has \['dtype', "):
+    models.make("convnet", num_classes=2, depth=3)

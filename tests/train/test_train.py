@@ -1,0 +1,171 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ptq_jax import models, trees
+from ptq_jax.data import augment, membership
+from ptq_jax.train import fit, loss, optimizer, shadows
+
+EXAMPLES, BATCH, EPOCHS, MODELS = 48, 8, 2, 4
+
+
+@pytest.fixture(scope="module")
+def setup():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (EXAMPLES, 6, 6, 1), dtype=np.uint8)
+  labels = rng.integers(0, 3, EXAMPLES).astype(np.int32)
+  recipe = fit.Recipe(
+    model=models.make("convnet", num_classes=3, width=2),
+    optimizer=optimizer.sgd(learning_rate=0.1, epochs=EPOCHS, steps_per_epoch=3),
+    augmentation=augment.make(("flip", "shift1")),
+    mean=(0.5,),
+    std=(0.25,),
+    batch_size=BATCH,
+  )
+  rows = membership.paired(jax.random.key(1), num_models=MODELS, num_examples=EXAMPLES)
+  members = jnp.asarray(membership.members_of(rows))
+  return recipe, jnp.asarray(images), jnp.asarray(labels), members
+
+
+def train(setup, ids, *, first=0, last=EPOCHS, states=None, steps_per_dispatch=None):
+  """The chunk of models `ids`, from fresh or given states."""
+  recipe, images, labels, members = setup
+  keys = shadows.model_keys(jax.random.key(0), jnp.asarray(ids))
+  if states is None:
+    states = shadows.init(keys, recipe, image_shape=images.shape[1:])
+  return list(
+    shadows.epochs(
+      states,
+      keys,
+      recipe,
+      images,
+      labels,
+      members[jnp.asarray(ids)],
+      first=first,
+      last=last,
+      steps_per_dispatch=steps_per_dispatch,
+    )
+  )
+
+
+def assert_close(ours, theirs, rtol=2e-4, atol=2e-5):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def together(setup):
+  return train(setup, range(MODELS))
+
+
+def test_many_models_at_once_are_each_model_alone(setup, together):
+  recipe, images, labels, members = setup
+  model_key = jax.random.fold_in(jax.random.key(0), 2)
+  variables, metrics = jax.jit(fit.fit, static_argnums=1, static_argnames="epochs")(
+    model_key, recipe, images, labels, members[2], epochs=EPOCHS
+  )
+  assert_close(trees.take(together[-1].states.variables, 2), variables)
+  assert_close([epoch.metrics.loss[2] for epoch in together], list(metrics.loss))
+
+
+def test_chunks_do_not_matter(setup, together):
+  for ids in ([0, 1], [3, 2]):
+    chunk = train(setup, ids)[-1].states
+    assert_close(chunk, trees.take(together[-1].states, jnp.asarray(ids)))
+
+
+def test_steps_per_dispatch_do_not_matter(setup, together):
+  scanned = train(setup, range(MODELS), steps_per_dispatch=2)  # 3 steps: 2 and 1
+  assert_close(scanned[-1].states, together[-1].states)
+  assert_close(scanned[-1].metrics, together[-1].metrics)
+
+
+def test_going_on_from_an_epoch_is_the_same_training(setup, together):
+  first = train(setup, range(MODELS), last=1)[-1]
+  rest = train(setup, range(MODELS), first=1, states=first.states)
+  jax.tree.map(np.testing.assert_array_equal, rest[-1].states, together[-1].states)
+  assert [epoch.epoch for epoch in together] == [1, 2]
+
+
+def test_only_members_are_trained_on(setup, together):
+  recipe, images, labels, members = setup
+  spoiled = images.at[~np.isin(np.arange(EXAMPLES), members[0])].set(0)
+  other = train((recipe, spoiled, labels, members), [0])[-1].states
+  assert_close(other, trees.take(together[-1].states, jnp.array([0])))
+
+
+def test_models_differ_and_learn(setup):
+  recipe, images, labels, members = setup
+  easy = jnp.where(labels[:, None, None, None] > 0, 255, 0).astype(jnp.uint8) + 0 * images
+  steep = recipe._replace(
+    optimizer=optimizer.sgd(learning_rate=0.1, epochs=12, steps_per_epoch=3, weight_decay=0.0)
+  )
+  epochs = train((steep, easy, jnp.minimum(labels, 1), members), range(2), last=12)
+  assert epochs[-1].metrics.loss.max() < 0.3 * epochs[0].metrics.loss.min()
+  kernel = epochs[-1].states.variables["params"]["stem"]["conv"]["kernel"]
+  assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_one_step_is_pytorch_s_sgd_with_weight_decay():
+  """v = m v + g + wd p;  p -= lr v, from torch.optim.SGD's documentation."""
+  transform = optimizer.sgd(
+    learning_rate=0.1, epochs=1, steps_per_epoch=10, momentum=0.9, weight_decay=0.01
+  )
+  p = {"w": jnp.array([1.0, -2.0])}
+  state, velocity, expected = transform.init(p), np.zeros(2), np.array([1.0, -2.0])
+  for gradient in ([0.5, 0.5], [-1.0, 2.0]):
+    update, state = transform.update({"w": jnp.array(gradient)}, state, p)
+    p = optax.apply_updates(p, update)
+    velocity = 0.9 * velocity + np.array(gradient) + 0.01 * expected
+    expected = expected - 0.1 * velocity
+  np.testing.assert_allclose(p["w"], expected, rtol=1e-6)
+
+
+def test_schedules():
+  cosine = optimizer.cosine(peak=0.2, epochs=4, steps_per_epoch=5)
+  for step in (0, 4, 5, 19):
+    epoch = step // 5
+    assert float(cosine(step)) == pytest.approx(0.1 * (1 + math.cos(math.pi * epoch / 4)))
+  triangle = optimizer.triangular(peak=1.0, epochs=2, steps_per_epoch=10, rise=0.25)
+  rates = [float(triangle(step)) for step in range(20)]
+  assert np.argmax(rates) == 4
+  assert 0 < rates[0] < rates[1]
+  assert 0 < rates[-1] < rates[-2] < 0.2
+  assert float(optimizer.constant(peak=0.3, epochs=1, steps_per_epoch=1)(7)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"schedule": "linear"}, r"train\.schedule is 'linear'; choose one of"),
+    ({"epochs": 0}, r"train\.epochs is 0; it must be at least 1"),
+    ({"learning_rate": -1.0}, r"train\.learning_rate is -1\.0"),
+    ({"momentum": 1.0}, r"train\.momentum is 1\.0; it must be in \[0, 1\)"),
+  ],
+)
+def test_bad_optimizer_settings(options, message):
+  with pytest.raises(ValueError, match=message):
+    optimizer.sgd(**{"learning_rate": 0.1, "epochs": 1, "steps_per_epoch": 1} | options)
+
+
+def test_cross_entropy_and_accuracy_against_numpy():
+  logits = np.array([[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], np.float32)
+  labels = np.array([0, 2])
+  log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  plain = -log_probabilities[[0, 1], labels].mean()
+  smooth = 0.9 * plain - 0.1 * log_probabilities.mean()
+  assert loss.cross_entropy(logits, labels) == pytest.approx(plain, rel=1e-5)
+  assert loss.cross_entropy(logits, labels, label_smoothing=0.1) == pytest.approx(smooth, rel=1e-5)
+  assert loss.accuracy(logits, labels) == 0.5
+
+
+def test_one_compilation_per_chunk_shape(setup):
+  recipe = setup[0]._replace(label_smoothing=0.125)  # a recipe that no other test compiles
+  before = shadows._run._cache_size()
+  train((recipe, *setup[1:]), [0, 1])
+  train((recipe, *setup[1:]), [2, 3])
+  assert shadows._run._cache_size() - before == 1
