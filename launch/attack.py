@@ -26,8 +26,12 @@ from ptq_jax.report.records import Variant
 
 
 def run(config, workdir) -> None:
+  """The stage alone."""
+  attack(open_audit(config, workdir))
+
+
+def attack(audit: Audit) -> None:
   """Attacks, unless the results of exactly these scores and settings are there already."""
-  audit = open_audit(config, workdir)
   variants = [FULL_PRECISION, *audit.variants()]
   inputs = fingerprint_of_inputs(audit, variants)
   path = audit.root / "results.jsonl"
@@ -44,11 +48,11 @@ def run(config, workdir) -> None:
 
 def attack_variant(audit: Audit, variant: Variant, full: dict) -> list[dict]:
   """Leakage records of one variant, for both attackers, and the records of its units."""
-  attack, is_full = audit.config.attack, variant == FULL_PRECISION
+  options, is_full = audit.config.attack, variant == FULL_PRECISION
   own = full if is_full else scores_of(audit, variant)
   common = {**variant._asdict(), **storage_of(audit, variant)}
   common["test_accuracy"] = intervals.over_targets(
-    own["target_accuracy"], confidence=attack.confidence
+    own["target_accuracy"], confidence=options.confidence
   )._asdict()
   targets = audit.members.get("targets", audit.members["shadows"])
   found = []
@@ -61,9 +65,9 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> list[dict]:
         jax.random.fold_in(audit.key("bootstrap"), number),
         rows,
         targets,
-        fprs=tuple(attack.fprs),
-        num_resamples=attack.resamples,
-        confidence=attack.confidence,
+        fprs=tuple(options.fprs),
+        num_resamples=options.resamples,
+        confidence=options.confidence,
       )
       found.append(records.make("leakage", attacker=attacker, attack=name, **common, **summary))
   return found + ([] if is_full else unit_records(audit, variant))

@@ -23,8 +23,10 @@ def run(config, workdir) -> None:
     f"Everything goes to {workdir}.",
     flush=True,
   )
-  for stage in (train_shadows, quantize, attack, report):
-    stage.run(config, workdir)
+  train_shadows.train(audit)
+  quantize.quantize(audit)
+  attack.attack(audit)
+  report.report(audit.root)
 
 
 def main() -> None:

@@ -22,8 +22,12 @@ from ptq_jax.report.records import Variant
 
 
 def run(config, workdir) -> None:
+  """The stage alone."""
+  quantize(open_audit(config, workdir))
+
+
+def quantize(audit: Audit) -> None:
   """Quantizes what is missing."""
-  audit = open_audit(config, workdir)
   chunks, variants = audit.chunks(), audit.variants()
   pending = {
     chunk: [variant for variant in variants if audit.pending(variant, chunk)] for chunk in chunks

@@ -6,6 +6,7 @@ Reads WORKDIR/results.jsonl; writes results.csv, results.md, figures/ and index.
 """
 
 import hashlib
+import pathlib
 
 from launch.progress import Progress
 from ptq_jax import settings, storage
@@ -13,8 +14,13 @@ from ptq_jax.report import figures, page, records, tables
 
 
 def run(config, workdir) -> None:
-  """Renders what `attack` found, unless that is done, and prints the result table."""
+  """The stage alone."""
   del config
+  report(workdir)
+
+
+def report(workdir: pathlib.Path) -> None:
+  """Renders what `attack` found, unless that is done, and prints the result table."""
   path = workdir / "results.jsonl"
   if not path.exists():
     raise FileNotFoundError(f"{path} is missing; run bash launch/run attack first.")

@@ -21,13 +21,17 @@ from ptq_jax.train import fit, shadows
 
 
 def run(config, workdir) -> None:
+  """The stage alone."""
+  train(open_audit(config, workdir))
+
+
+def train(audit: Audit) -> None:
   """Trains what is missing."""
-  audit = open_audit(config, workdir)
   chunks = audit.chunks()
   pending = [chunk for chunk in chunks if audit.pending(FULL_PRECISION, chunk)]
   if not pending:
     return
-  epochs = config.train.epochs
+  epochs = audit.config.train.epochs
   total = sum(len(chunk) for chunk in chunks) * epochs
   done = total - sum(len(chunk) for chunk in pending) * epochs
   with audit.timed("train_shadows"), Progress("train_shadows", total, done=done) as progress:

@@ -1,0 +1,33 @@
+"""Measures our code against a peer or a naive version in the same run and prints ratios.
+
+    bash launch/run bench attack|conv|obc|quantize|train [flags of that benchmark]
+
+Each benchmark is a module of launch/benchmarks with its own --help. Times on a shared machine are
+noisy: quote the ratios, and the hardware they come from.
+"""
+
+import importlib
+import pathlib
+import sys
+
+from ptq_jax import settings
+
+BENCHMARKS = sorted(
+  path.stem for path in (pathlib.Path(__file__).parent / "benchmarks").glob("[a-z]*.py")
+)
+
+
+def main() -> None:
+  """Runs the benchmark that the first argument names."""
+  name, *arguments = sys.argv[1:] or ["--help"]
+  if name in ("-h", "--help"):
+    print(__doc__)
+    sys.exit(0)
+  if name not in BENCHMARKS:
+    print(f"error: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.", file=sys.stderr)
+    sys.exit(settings.USER_ERROR)
+  importlib.import_module(f"launch.benchmarks.{name}").main(arguments)
+
+
+if __name__ == "__main__":
+  main()
