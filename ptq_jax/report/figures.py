@@ -180,7 +180,7 @@ def privacy_utility(
     if len(attackers) > 1:
       handles.append(_ghost_handle())
     handles.append(_line(MUTED, "chance", linestyle=":", linewidth=1))
-    _legend(figure, handles)
+    _legend(figure, handles, note=_weak_note(rows, fpr))
   return figure
 
 
@@ -226,7 +226,7 @@ def last_layer(
     swept = [row for group in sweeps.values() for row in group]
     handles += _attacker_handles(swept, marker="o")
     handles += [_line(INK, "full precision", linewidth=1)] if full else []
-    _legend(figure, handles)
+    _legend(figure, handles, note=_weak_note(rows, fpr))
   return figure
 
 
@@ -627,11 +627,20 @@ def _checked_fpr(records: Sequence[Record], attack: str | None, fpr: float | Non
 # ---- words, colours, layout ----
 
 
-def _rate_label(rows: Sequence[Row], fpr: float) -> str:
+def _is_weak(rows: Sequence[Row], fpr: float) -> bool:
   shown = [record for row in rows for record in row[1:] if record is not None]
-  weak = [records_lib.weakness(record, records_lib.tpr_at(record, fpr)) for record in shown]
-  few = f"\n(some rest on fewer than {records_lib.FEW_FALSE_POSITIVES} false positives)"
-  return f"TPR at {percent_words(fpr)} FPR, %" + (few if any(weak) else "")
+  return any(records_lib.weakness(record, records_lib.tpr_at(record, fpr)) for record in shown)
+
+
+def _rate_label(rows: Sequence[Row], fpr: float) -> str:
+  return f"TPR at {percent_words(fpr)} FPR, %" + (" †" if _is_weak(rows, fpr) else "")
+
+
+def _weak_note(rows: Sequence[Row], fpr: float) -> str:
+  """The footnote of `_rate_label`."""
+  if not _is_weak(rows, fpr):
+    return ""
+  return f"† some rest on fewer than {records_lib.FEW_FALSE_POSITIVES} false positives"
 
 
 def _attacker_words(attacker: str) -> str:
@@ -703,7 +712,16 @@ def _panels(
   return figure, list(panels[:count])
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-  width = figure.get_size_inches()[0]
-  columns = max(1, min(len(handles), int(width / 1.55)))
-  figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
+def _legend(figure: Figure, handles: Sequence[Line2D], *, note: str = "") -> None:
+  """A legend below the panels, in as many columns as fit, with a footnote above it."""
+  room = figure.get_size_inches()[0]
+  count = len(handles)
+  columns = next(n for n in range(count, 0, -1) if n == 1 or _legend_width(handles, n) < room)
+  title = {"title": note, "title_fontsize": 8.5} if note else {}
+  figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, **title)
+
+
+def _legend_width(handles: Sequence[Line2D], columns: int) -> float:
+  """About how many inches a legend takes; matplotlib fills it column by column."""
+  longest = [max(len(h.get_label()) for h in part) for part in np.array_split(handles, columns)]
+  return sum(0.073 * letters + 0.65 for letters in longest)

@@ -208,7 +208,7 @@ def _figures(figures: Mapping[str, Figure]) -> str:
     svg = figures_lib.to_inline_svg(figure, name=f"figure{i}", description=f"{title}. {caption}")
     parts.append(
       f'<figure{" class=wide" if width > 6 else ""}><h3>{escape(title)}</h3><div class="scroll">'
-      f'<div style="min-width:{58 * width:.0f}px;max-width:{108 * width:.0f}px">{svg}</div></div>'
+      f'<div style="min-width:{68 * width:.0f}px;max-width:{108 * width:.0f}px">{svg}</div></div>'
       f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
   if not parts:
@@ -306,8 +306,8 @@ def table_html(table: Table) -> str:
     for group, span in _spans(groups)
   )
   heads = "".join(
-    f'<th{_classes(groups, i)} aria-sort="none"><button type="button">'
-    f"{_heading(column.name)}</button></th>"
+    f'<th{_classes(groups, i, "words" if column.words else "")} aria-sort="none">'
+    f'<button type="button">{_heading(column.name)}</button></th>'
     for i, column in enumerate(table.columns)
   )
   scales = [_scale(table, i) for i in range(len(table.columns))]
@@ -478,10 +478,9 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; }
   margin-left: -3px; left: var(--value); border-radius: 50%; background: var(--accent); }
 .notes { color: var(--muted); font-size: .85rem; padding-left: 1.1rem; max-width: 70em;
   overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
-  gap: 1rem; }
-figure { margin: 0; padding: 1rem 1.1rem; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; padding: 1rem 1.1rem; min-width: 0; flex: 1 1 min(100%, 30rem); }
+figure.wide { flex-basis: 100%; }
 figure .scroll > div { margin: 0 auto; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { color: var(--muted); font-size: .9rem; margin-top: .6rem; max-width: 60em; }

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ptq_jax.metrics.leakage import FEW_FALSE_POSITIVES
+
 Record = Mapping[str, Any]
 
 ATTACKERS = ("full_precision", "matched")
@@ -23,9 +25,6 @@ ATTACKERS = ("full_precision", "matched")
 
 METHODS = ("none", "nearest", "adaround", "brecq", "obc")
 """The order of methods in tables and figures; others follow by name. "none" is full precision."""
-
-FEW_FALSE_POSITIVES = 10
-"""A rate resting on fewer false positives is marked in tables."""
 
 REQUIRED = {
   "run": ("name", "config", "versions", "device", "command", "date", "seconds", "data", "model",
@@ -337,7 +336,8 @@ def sweeps(rows: Sequence[Row]) -> dict[tuple[str, int | None], list[Row]]:
 
 def false_positive_rates(records: Iterable[Record]) -> list[float]:
   """The distinct FPR at which leakage records hold a TPR, largest first."""
-  found = {tpr["fpr"] for record in select(records, "leakage") for tpr in record["tpr"]}
+  leakage = (record for record in records if record["kind"] == "leakage")
+  found = {tpr["fpr"] for record in leakage for tpr in record["tpr"]}
   return sorted(found, reverse=True)
 
 
@@ -378,7 +378,8 @@ def weakness(record: Record | None, tpr: Record | None) -> str | None:
   """Why a TPR should not be trusted alone: "non_members", "false_positives" or None.
 
   "non_members": a target has fewer non-members than 1/FPR, so one false positive is already too
-  many. "false_positives": the rate rests on fewer than `FEW_FALSE_POSITIVES` of them.
+  many. "false_positives": in some target the rate rests on fewer than
+  `FEW_FALSE_POSITIVES` of them.
   """
   if record is None or tpr is None:
     return None

@@ -95,46 +95,59 @@ def results(
 
 
 def attacks(records: Sequence[Record], *, rule: str = "at_most") -> Table:
-  """Every leakage record on one line: AUC, balanced accuracy and TPR at every recorded FPR."""
-  leakage = records_lib.select(records, "leakage")
-  part = [r for r in records if r["kind"] == "leakage" and r not in leakage]
-  fprs = records_lib.false_positive_rates(leakage)
+  """Every leakage record on one line: AUC, balanced accuracy and TPR at every FPR.
+
+  An FPR at which no target may accuse even one non-member is left out, unless there is no other.
+  """
+  leakage = [record for record in records if record["kind"] == "leakage"]
+  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+  fprs, left_out = _resolved(leakage)
+  in_parts = any(record.get("members", "all") != "all" for record in leakage)
   columns = [*_variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
-  if part:
-    columns.append(Column("members", words=True))
+  columns += [Column("members", words=True)] if in_parts else []
   columns += [Column("AUC"), Column("balanced\naccuracy %")]
   columns += [Column(f"TPR % at\n{percent_words(fpr)} FPR") for fpr in fprs]
   rows = []
-  for record in sorted(leakage + part, key=lambda r: records_lib.order(records_lib.variant(r))):
-    row = [*_variant_cells(records_lib.variant(record)), *_attack_cells(record)]
-    if part:
-      row.append(_words(record.get("members", "all")))
+  for record in leakage:
+    row = [*_variant_cells(records_lib.variant(record)), _shadows(record)]
+    row.append(_words(records_lib.attack_name(record["attack"])))
+    row += [_words(record.get("members", "all"))] if in_parts else []
     row += [_number(record["auc"], 1.0, 3), _number(record["balanced_accuracy"], 100.0, 1)]
     row += [_rate(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
     rows.append(row)
-  return Table("All attacks", columns, rows, [*_interval_notes(leakage), *_mark_notes(rows)])
+  notes = [*_interval_notes(leakage), *_mark_notes(rows), *_left_out_notes(left_out)]
+  return Table("All attacks", columns, rows, notes)
 
 
 def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
-  """Share of true members among those accused, by prior membership and FPR, for one attack."""
+  """Share of true members among the accused, by FPR and prior membership, for one attack.
+
+  The same FPRs as in `attacks`.
+  """
   attack = records_lib.main_attack(records) if attack is None else attack
   leakage = [r for r in records_lib.select(records, "leakage", attack=attack) if r.get("precision")]
-  keys = sorted({(e["prior"], e["fpr"]) for r in leakage for e in r["precision"]}, reverse=True)
-  columns = [*_variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
+  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+  _, left_out = _resolved(leakage)
+  found = {(e["fpr"], e["prior"]) for record in leakage for e in record["precision"]}
+  keys = sorted((key for key in found if key[0] not in left_out), reverse=True)
+  columns = [*_variant_columns(), Column("shadows", words=True)]
   columns += [
-    Column(f"prior {percent_words(prior)}", f"precision % at {percent_words(fpr)} FPR")
-    for fpr, prior in sorted(((fpr, prior) for prior, fpr in keys), reverse=True)
+    Column(f"{percent_words(prior)}\nmembers", f"precision % at {percent_words(fpr)} FPR")
+    for fpr, prior in keys
   ]
   rows = []
-  for record in sorted(leakage, key=lambda r: records_lib.order(records_lib.variant(r))):
+  for record in leakage:
     entries = {(e["fpr"], e["prior"]): e for e in record["precision"]}
-    row = [*_variant_cells(records_lib.variant(record)), *_attack_cells(record)]
-    row += [
-      _number(entries.get(key), 100.0, 1)
-      for key in sorted({(fpr, prior) for prior, fpr in keys}, reverse=True)
-    ]
-    rows.append(row)
-  return Table("Precision of an accusation", columns, rows, _interval_notes(leakage))
+    row = [*_variant_cells(records_lib.variant(record)), _shadows(record)]
+    rows.append([*row, *(_number(entries.get(key), 100.0, 1) for key in keys)])
+  notes = [
+    "Precision: of those the attack accuses, the share that are members, when the given share of"
+    " everybody asked about are members.",
+    *_interval_notes(leakage),
+    *_left_out_notes(left_out),
+  ]
+  title = f"Precision of an accusation by {records_lib.attack_name(attack)}"
+  return Table(title, columns, rows, notes)
 
 
 def units(records: Sequence[Record]) -> Table:
@@ -319,9 +332,23 @@ def _variant_cells(which: records_lib.Variant) -> list[Cell]:
   ]
 
 
-def _attack_cells(record: Record) -> list[Cell]:
-  shadows = {"full_precision": "full precision"}.get(record["attacker"], record["attacker"])
-  return [_words(shadows), _words(records_lib.attack_name(record["attack"]))]
+def _shadows(record: Record) -> Cell:
+  return _words(record["attacker"].replace("_", " "))
+
+
+def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[float]]:
+  """The recorded FPRs that some target's non-members can resolve, and the others."""
+  fprs = records_lib.false_positive_rates(leakage)
+  weak = "non_members"
+  resolved = [
+    fpr
+    for fpr in fprs
+    if any(
+      records_lib.tpr_at(r, fpr) and records_lib.weakness(r, records_lib.tpr_at(r, fpr)) != weak
+      for r in leakage
+    )
+  ]
+  return (resolved, [fpr for fpr in fprs if fpr not in resolved]) if resolved else (fprs, [])
 
 
 def _words(text: Any) -> Cell:
@@ -387,10 +414,19 @@ def _interval_notes(leakage: Sequence[Record]) -> list[str]:
   return [f"Intervals: {'; '.join(names)}."] if names else []
 
 
+def _left_out_notes(left_out: Sequence[float]) -> list[str]:
+  if not left_out:
+    return []
+  rates = ", ".join(percent_words(fpr) for fpr in left_out)
+  return [
+    f"Not shown: {rates} FPR, at which no target may accuse even one non-member. The CSV has them."
+  ]
+
+
 def _mark_notes(cells: list[list[Cell]]) -> list[str]:
   words = {
     MARKS["false_positives"]: f"rests on fewer than {records_lib.FEW_FALSE_POSITIVES} false"
-    " positives",
+    " positives in some target",
     MARKS["non_members"]: "a target has fewer non-members than 1/FPR: not even one false positive"
     " is allowed",
   }

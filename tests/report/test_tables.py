@@ -179,11 +179,24 @@ def test_precision_groups_priors_by_fpr(example):
   table = tables.precision([example.leakage(precision=precision)])
   headings = [(c.group, c.name) for c in table.columns if c.group]
   assert headings == [
-    ("precision % at 1% FPR", "prior 50%"),
-    ("precision % at 1% FPR", "prior 10%"),
-    ("precision % at 0.1% FPR", "prior 50%"),
+    ("precision % at 1% FPR", "50%\nmembers"),
+    ("precision % at 1% FPR", "10%\nmembers"),
+    ("precision % at 0.1% FPR", "50%\nmembers"),
   ]
   assert [c.text for c in table.rows[0][-3:]] == ["90.0", "50.0", "70.0"]
+
+
+def test_rates_that_nobody_can_resolve_are_left_out_of_long_tables(example):
+  precision = [example.rate(0.9, prior=0.5, fpr=fpr) for fpr in (0.1, 0.001)]
+  found = [example.leakage(non_members=500, precision=precision)]
+  for table in (tables.attacks(found), tables.precision(found)):
+    assert not any("0.1% FPR" in c.name + c.group for c in table.columns)
+    assert any("10% FPR" in c.name + c.group for c in table.columns)
+    assert any(note.startswith("Not shown: 0.1% FPR") for note in table.notes)
+  larger = [*found, example.leakage("obc", 3, 3, non_members=1000)]
+  assert any("0.1% FPR" in c.name for c in tables.attacks(larger).columns)
+  smallest = tables.attacks([example.leakage(non_members=5)])
+  assert any("0.1% FPR" in c.name for c in smallest.columns)
 
 
 def test_units_compare_with_nearest_rounding(example):
