@@ -13,7 +13,7 @@ cores, keys and random bits included, milliseconds for [16 models x 64 x 8x8x1, 
   select among all static slices      0.17 / 1.3      one-hot matrix products  0.24 / 1.8
   drawing the random bits alone       0.12 / 0.12
 
-The first is the simplest of the two that tie, and 0.1 % of a training step.
+The first is the simplest of those that tie, and about 0.1 % of a training step.
 """
 
 import dataclasses

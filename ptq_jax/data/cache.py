@@ -57,7 +57,7 @@ def cache_path(
   if cache_dir is None:
     return source.folder / name
   place = hashlib.sha256(str(source.folder.resolve()).encode()).hexdigest()[:8]
-  return pathlib.Path(cache_dir) / f"{place}-{name}"
+  return pathlib.Path(cache_dir).expanduser() / f"{place}-{name}"
 
 
 def _fingerprint(source: Source, image_size: int | None) -> str:

@@ -81,7 +81,7 @@ def open_files(path: str | os.PathLike, *, dataset: str) -> Files:
     FileNotFoundError: if there is nothing at the path.
     ValueError: if it is neither a folder nor a whole zip archive.
   """
-  path = pathlib.Path(path).absolute()
+  path = pathlib.Path(path).expanduser().absolute()
   if path.is_dir():
     stamps = tuple(sorted(_walk(path, "")))
     return Files(path, tuple(name for name, _, _ in stamps), stamps, None)

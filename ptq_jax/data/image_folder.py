@@ -49,7 +49,8 @@ def read(files: Files, *, image_size: int | None) -> Splits:
       f"{root}val/<class>/."
     )
   class_names = tuple(sorted({name for _, name in train}))
-  unknown = [(image, name) for image, name in test if name not in class_names]
+  label_of = {name: label for label, name in enumerate(class_names)}
+  unknown = [(image, name) for image, name in test if name not in label_of]
   if unknown:
     raise ValueError(
       f"the test image {unknown[0][0]!r} in {str(files.path)!r} is of the class {unknown[0][1]!r}, "
@@ -58,7 +59,7 @@ def read(files: Files, *, image_size: int | None) -> Splits:
   arrays = []
   for examples in (train, test):
     arrays.append(files.decoded([image for image, _ in examples], image_size=image_size))
-    arrays.append(np.array([class_names.index(name) for _, name in examples], np.int32))
+    arrays.append(np.array([label_of[name] for _, name in examples], np.int32))
   return splits.checked(*arrays, class_names=class_names, source=str(files.path))
 
 

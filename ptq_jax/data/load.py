@@ -137,7 +137,7 @@ def read_npz(path: str | os.PathLike) -> Splits:
     FileNotFoundError: if there is no such file.
     ValueError: if it is no .npz file, lacks an array, or fails a check of `splits.checked`.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {str(path)!r} for the dataset 'npz'.")
   keys = ("x_train", "y_train", "x_test", "y_test")
@@ -185,9 +185,13 @@ def _select(
     )
   pool = np.sort(shuffled(num_train, seed=seed)[:pool_size])
   test = np.sort(shuffled(num_test, seed=seed + 1)[:test_size])
-  train_images, test_images = source.train_images[pool], source.test_images[test]
-  mean, std = statistics(train_images)
-  arrays = (train_images, source.train_labels[pool], test_images, source.test_labels[test])
+  arrays = (
+    _take(source.train_images, pool),
+    _take(source.train_labels, pool),
+    _take(source.test_images, test),
+    _take(source.test_labels, test),
+  )
+  mean, std = statistics(arrays[0])
   return Dataset(
     name=name,
     train_images=arrays[0],
@@ -201,6 +205,11 @@ def _select(
     fingerprint=fingerprint(*arrays, class_names=source.class_names),
     notes=tuple(notes),
   )
+
+
+def _take(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
+  """The chosen examples; without a copy when these are all."""
+  return array if len(indices) == len(array) else array[indices]
 
 
 def _check_size(argument: str, size: int, available: int, *, least: int, split: str) -> None:

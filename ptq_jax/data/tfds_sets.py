@@ -102,7 +102,7 @@ def _unprepared(name: str, folder: str, base: str) -> str:
   )
   return (
     f"the dataset {name!r} is not prepared in {folder!r}{found}; name the folder where it is with "
-    f"data_dir, or prepare it there: {prepare}"
+    f"data_dir, or prepare it there, with TensorFlow installed for this once: {prepare}"
   )
 
 
@@ -146,7 +146,7 @@ def _read_split(
   def fetch(start: int, stop: int) -> list[tuple[str, bytes]]:
     try:
       batch = examples.__getitems__(range(start, stop))
-      if any(not example[image] or example[label] is None for example in batch):
+      if not all(example[image] for example in batch):
         raise ValueError("an example is empty")  # what the reader makes of a file cut at a block
     except Exception as error:  # the reader raises RuntimeError for a lost or broken file
       raise ValueError(
@@ -163,5 +163,6 @@ def _read_split(
 
 
 def _stamp(file: pathlib.Path) -> Stamp:
+  """Name, bytes and modification time."""
   stat = file.stat()
   return file.name, stat.st_size, stat.st_mtime_ns

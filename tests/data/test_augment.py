@@ -67,11 +67,15 @@ def test_no_distance_is_the_identity(key):
 
 def test_make_applies_its_names_in_order(key):
   image = picture()
+
+  def by_hand(key, image):
+    flipped = augment.flip(jax.random.fold_in(key, 0), image)
+    return augment.shift(jax.random.fold_in(key, 1), flipped, distance=1)
+
   both = augment.make(("flip", "shift1"))
-  by_hand = augment.shift(
-    jax.random.fold_in(key, 1), augment.flip(jax.random.fold_in(key, 0), image), distance=1
-  )
-  np.testing.assert_array_equal(both(key, image), by_hand)
+  expected = draws(by_hand, image, key, count=50)
+  np.testing.assert_array_equal(draws(both, image, key, count=50), expected)
+  assert len({result.tobytes() for result in expected}) > 10
   np.testing.assert_array_equal(augment.make(())(key, image), image)
 
 

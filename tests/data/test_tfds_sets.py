@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import sys
@@ -111,6 +112,26 @@ def test_a_damaged_set_is_refused(own, harm, pattern):
 def test_a_set_without_a_test_split_is_refused(own):
   with pytest.raises(ValueError, match=r"'mnist' has the splits \['train'\]; it needs 'train' and"):
     load.load("mnist", data_dir=own)
+
+
+def edit(path, change):
+  """Changes a JSON file in place."""
+  contents = json.loads(path.read_text())
+  change(contents)
+  path.write_text(json.dumps(contents))
+
+
+def test_a_set_in_another_file_format_is_refused(own):
+  edit(own / "cifar10/3.0.2/dataset_info.json", lambda info: info.update(fileFormat="tfrecord"))
+  with pytest.raises(ValueError, match=r"prepared as tfrecord; prepare it again with file_format="):
+    load.load("cifar10", data_dir=own)
+
+
+def test_a_set_without_labels_is_refused(own):
+  features = own / "cifar10" / "3.0.2" / "features.json"
+  edit(features, lambda contents: contents["featuresDict"]["features"].pop("label"))
+  with pytest.raises(ValueError, match="has 0 features of the type ClassLabel and none is called"):
+    load.load("cifar10", data_dir=own)
 
 
 def test_labels_out_of_range_are_refused(own):
