@@ -26,6 +26,63 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 
 
+def audit_defaults() -> Config:
+  """Every setting of an audit with its default; a config file changes some and returns it."""
+  return config_dict.create(
+    name="audit",
+    seed=0,
+    data=dict(
+      name="digits",  # digits, npz, tiny_imagenet, image_folder, or a name of TensorFlow Datasets
+      data_dir=config_dict.placeholder(str),  # of TensorFlow Datasets
+      path=config_dict.placeholder(str),  # of npz, tiny_imagenet and image_folder
+      cache_dir=config_dict.placeholder(str),  # of decoded images; beside the data if not given
+      pool_size=config_dict.placeholder(int),  # the whole training split if not given
+      test_size=config_dict.placeholder(int),
+      image_size=config_dict.placeholder(int),
+    ),
+    model=dict(name="convnet"),  # of ptq_jax.models.ZOO or "package.module:factory"; its options
+    train=dict(
+      models=16,  # shadows, even
+      targets=0,  # 0: every model is target once, the others are its shadows
+      epochs=40,
+      batch_size=64,
+      learning_rate=0.1,
+      momentum=0.9,
+      nesterov=False,
+      weight_decay=5e-4,
+      schedule="cosine",
+      label_smoothing=0.0,
+      augmentation=(),  # flip, crop4, shift1, ...
+      models_per_chunk=16,  # memory only: no result depends on it
+      checkpoint_minutes=5.0,
+    ),
+    queries=dict(
+      views=2,  # augmented queries of each example, the same for every model
+      augmentation=(),
+      batch_size=500,
+    ),
+    quantize=dict(
+      methods=("nearest", "adaround", "brecq", "obc"),
+      levels=(3, 4, 16),
+      last_layer_levels=("same",),  # "same", a number of levels, or "full" precision
+      overrides=(),  # levels by path pattern, such as ("stem/*=256",)
+      calibration_size=512,
+      calibration_augmentation=(),
+      calibrate_on="members",  # or "non_members" of each model
+      nearest=config_dict.ConfigDict(),  # further arguments of the method's quantize_stacked
+      adaround=config_dict.ConfigDict(),
+      brecq=config_dict.ConfigDict(),
+      obc=config_dict.ConfigDict(),
+    ),
+    attack=dict(
+      attacks=("lira_online", "lira_offline", "loss_threshold"),
+      fprs=(0.01, 0.001),
+      resamples=1000,  # of the bootstrap
+      confidence=0.95,
+    ),
+  )
+
+
 def launch(
   run: Callable[[Config, pathlib.Path], None], *, config: str, workdir: str, description: str
 ) -> None:
