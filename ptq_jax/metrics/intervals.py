@@ -91,15 +91,18 @@ def resample(
   a form that streams. An example has the same weight for all targets, for they are audited on
   the same pool: what makes an example easy to expose is not independent between targets.
 
-  One pass over the examples from high score to low carries the counts of all resamples at once.
+  The examples are passed once, from high score to low, with the counts of all resamples side by
+  side; resamples are split so that their weights take 32 MiB at a time.
 
   Args:
-    key, scores, members, levels, audited: as `measure`.
+    key: the same key gives the same weights, so that two attacks can be compared resample by
+      resample.
+    scores, members, levels, audited: as `measure`.
     num_resamples: R.
   Returns:
     `Metrics` with leading axis R.
   Raises:
-    ValueError: as `roc.curve`, for any target.
+    ValueError: as `roc.curve`, for any target, or `num_resamples` below 1.
   Reference: Chamandy et al. 2012, "Estimating uncertainty for massive data streams"; Owen and
     Eckles 2012, arXiv:1106.2125, for weights shared between targets.
   """
@@ -107,110 +110,156 @@ def resample(
     raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
   scores, members = np.asarray(scores), np.asarray(members).astype(bool)
   audited = np.ones_like(members) if audited is None else np.asarray(audited)
-  measure(scores, members, levels=(), audited=audited)  # refuses what has no ROC curve
-  order = np.argsort(-scores, axis=1, kind="stable")
-  ordered = np.take_along_axis(scores, order, 1)
-  is_vertex = np.append(ordered[:, 1:] != ordered[:, :-1], np.ones((len(scores), 1), bool), axis=1)
-  is_member = np.take_along_axis(members & audited, order, 1)
-  is_other = np.take_along_axis(~members & audited, order, 1)
-  limits = np.array([level.fpr for level in levels], np.float64)
-  strict = np.array([level.rule == "below" for level in levels], bool)
-  block = int(np.clip(BLOCK_ELEMENTS // scores.shape[1], 1, num_resamples))
-  results = []
+  measure(scores, members, levels=levels, audited=audited)  # refuses what has no metrics
+  rows = _ranked(scores, members & audited, ~members & audited)
+  limits = np.array([fpr for fpr, _ in levels], np.float64)
+  strict = np.array([rule == "below" for _, rule in levels], bool)
+  top = _Ranking(*(row[: _top_length(rows.is_other, limits)] for row in rows))
+  num_examples = scores.shape[1]
+  block = int(np.clip(BLOCK_ELEMENTS // num_examples, 1, num_resamples))
+  draws = []
   with jax.enable_x64(True):
-    rows = [jnp.asarray(a.T) for a in (order.astype(np.int32), is_member, is_other, is_vertex)]
     for i in range(math.ceil(num_resamples / block)):
-      results.append(_resampled(jax.random.fold_in(key, i), *rows, limits, strict, num=block))
-  merged = [np.concatenate(parts)[:num_resamples] for parts in zip(*results, strict=True)]
-  return Metrics(*merged)
+      weights = _poisson_counts(jax.random.fold_in(key, i), (num_examples, block))
+      totals, *areas = _resampled_areas(weights, rows)
+      draws.append((*areas, _resampled_rates(weights, top, totals, limits, strict)))
+  merged = [
+    np.concatenate(parts, axis=-1)[..., :num_resamples] for parts in zip(*draws, strict=True)
+  ]
+  return Metrics(*(np.moveaxis(part, -1, 0) for part in merged))
 
 
-def poisson_counts(key: Key, shape: tuple[int, ...]) -> Array:
-  """uint8 draws of Poisson(1), from 16 random bits each: the table is exact to 2**-17."""
-  cumulative = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(9)])
-  edges = np.round(cumulative * 2**16).astype(np.uint32)
-  edges = edges[edges < 2**16].astype(np.uint16)
+class _Ranking(NamedTuple):
+  """The examples of each target from high score to low, [E, T]."""
+
+  order: ArrayLike  # int32, which example
+  is_member: ArrayLike  # bool, counts as member
+  is_other: ArrayLike  # bool, counts as non-member
+  is_vertex: ArrayLike  # bool, the last of equal scores
+
+
+class _Accepted(NamedTuple):
+  """Weight accepted so far, of each target and resample: float32[T, R], exact up to 2**24."""
+
+  members: Array
+  others: Array
+
+  def add(self, weights, row):
+    weight = weights[row.order].astype(jnp.float32)
+    return _Accepted(
+      self.members + weight * row.is_member[:, None], self.others + weight * row.is_other[:, None]
+    )
+
+
+def _ranked(scores, is_member, is_other):
+  order = np.argsort(-scores, axis=1, kind="stable")
+  ordered = np.take_along_axis(scores, order, axis=1)
+  is_vertex = np.append(ordered[:, 1:] != ordered[:, :-1], np.ones((len(scores), 1), bool), axis=1)
+  counted = [np.take_along_axis(chosen, order, axis=1) for chosen in (is_member, is_other)]
+  return _Ranking(*(row.T for row in (order.astype(np.int32), *counted, is_vertex)))
+
+
+def _top_length(is_other, limits):
+  """How many of the ranked examples can matter to the rates: ten deviations past the limit.
+
+  Rounded up to a power of two, so that few lengths are compiled.
+  """
+  num_examples = len(is_other)
+  if not len(limits):
+    return 0
+  allowed = limits.max() * is_other.sum(axis=0)
+  enough = allowed + 10 * np.sqrt(allowed) + 50
+  length = int((is_other.cumsum(axis=0) <= enough[None]).sum(axis=0).max()) + 1
+  return min(num_examples, 1 << length.bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _poisson_counts(key, shape):
+  """uint8 draws of Poisson(1), from 16 random bits each: its distribution exact to 2**-17."""
+  cumulative = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(8)])
   bits = jax.random.bits(key, shape, jnp.uint16)
   counts = jnp.zeros(shape, jnp.uint8)
-  for edge in edges:
+  for edge in np.round(cumulative * 2**16).astype(np.uint16):
     counts += (bits >= edge).astype(jnp.uint8)
   return counts
 
 
-class _Pass(NamedTuple):
-  """What one pass from high to low scores carries, each [T, R]."""
-
-  accepted_members: Array  # weight so far
-  accepted_others: Array
-  vertex_members: Array  # the same at the last vertex
-  vertex_others: Array
-  area: Array  # in units of weight squared
-  advantage: Array  # largest TPR - FPR so far
-  tpr: Array  # [L, T, R]
-
-
-@functools.partial(jax.jit, static_argnames=("num",))
-def _resampled(key, order, is_member, is_other, is_vertex, limits, strict, *, num):
-  """[E, T] sorted rows -> (auc [R, T], balanced accuracy [R, T], tpr [R, T, L])."""
-  num_examples, num_targets = order.shape
-  weights = poisson_counts(key, (num_examples, num))
-  empty = jnp.zeros((num_targets, num), jnp.float32)
-
-  def totals(chosen):
-    def add(total, row):
-      index, keep = row
-      return total + weights[index] * keep[:, None].astype(jnp.float32), None
-
-    return jax.lax.scan(add, empty, (order, chosen))[0]
-
-  members, others = totals(is_member), totals(is_other)
-  allowed = limits.astype(jnp.float64)[:, None, None] * others[None]
+@jax.jit
+def _resampled_areas(weights, rows):
+  """[E, R] weights -> total weights, AUC [T, R], balanced accuracy [T, R]."""
+  empty = jnp.zeros((rows.order.shape[1], weights.shape[1]), jnp.float32)
+  start = _Accepted(empty, empty)
+  totals = jax.lax.scan(lambda sums, row: (sums.add(weights, row), None), start, rows)[0]
 
   def step(carry, row):
-    index, member, other, vertex = (part[..., None] for part in row)
-    weight = weights[index[:, 0]].astype(jnp.float32)
-    accepted_members = carry.accepted_members + weight * member
-    accepted_others = carry.accepted_others + weight * other
-    width = accepted_others - carry.vertex_others
-    height = accepted_members.astype(jnp.float64) + carry.vertex_members
-    advantage = accepted_members / members - accepted_others / others
-    below, at_most = accepted_others[None] < allowed, accepted_others[None] <= allowed
-    within = vertex[None] & jnp.where(strict[:, None, None], below, at_most)
-    return _Pass(
-      accepted_members,
-      accepted_others,
-      jnp.where(vertex, accepted_members, carry.vertex_members),
-      jnp.where(vertex, accepted_others, carry.vertex_others),
-      jnp.where(vertex, carry.area + width * height / 2, carry.area),
-      jnp.where(vertex, jnp.maximum(carry.advantage, advantage), carry.advantage),
-      jnp.where(within, accepted_members[None], carry.tpr),
+    accepted, vertex, area, advantage = carry
+    accepted = accepted.add(weights, row)
+    width = (accepted.others - vertex.others).astype(jnp.float64)
+    wider = area + width * (accepted.members + vertex.members)
+    ahead = accepted.members / totals.members - accepted.others / totals.others
+    at_vertex = row.is_vertex[:, None]
+    vertex = _Accepted(
+      *(jnp.where(at_vertex, *pair) for pair in zip(accepted, vertex, strict=True))
+    )
+    area = jnp.where(at_vertex, wider, area)
+    return (
+      accepted,
+      vertex,
+      area,
+      jnp.where(at_vertex, jnp.maximum(advantage, ahead), advantage),
     ), None
 
-  start = _Pass(
-    empty,
-    empty,
-    empty,
-    empty,
-    empty.astype(jnp.float64),
-    empty,
-    jnp.zeros((len(limits), *empty.shape), jnp.float32),
-  )
-  last = jax.lax.scan(step, start, (order, is_member, is_other, is_vertex))[0]
-  auc = last.area / (members.astype(jnp.float64) * others)
-  return auc.T, (1 + last.advantage.T) / 2, (last.tpr / members[None]).transpose(2, 1, 0)
+  carry = (start, start, empty.astype(jnp.float64), empty)
+  _, _, area, advantage = jax.lax.scan(step, carry, rows)[0]
+  auc = area / (2 * totals.members.astype(jnp.float64) * totals.others)
+  return totals, auc, (1 + advantage) / 2
+
+
+@jax.jit
+def _resampled_rates(weights, top, totals, limits, strict):
+  """[E, R] weights and the first of the ranked examples -> TPR [T, L, R]."""
+  allowed = limits[None, :, None] * totals.others.astype(jnp.float64)[:, None]
+  strict = strict[None, :, None]
+
+  def step(carry, row):
+    accepted, rates = carry
+    accepted = accepted.add(weights, row)
+    others, members = accepted.others[:, None], accepted.members[:, None]
+    within = jnp.where(strict, others < allowed, others <= allowed)
+    return (accepted, jnp.where(row.is_vertex[:, None, None] & within, members, rates)), None
+
+  empty = jnp.zeros_like(totals.members)
+  carry = (_Accepted(empty, empty), jnp.zeros(allowed.shape, jnp.float32))
+  _, rates = jax.lax.scan(step, carry, top)[0]
+  return rates / totals.members[:, None]
 
 
 def over_examples(
-  values: Float[ArrayLike, "T"], resamples: Float[ArrayLike, "R T"], *, confidence: float = 0.95
+  values: Float[ArrayLike, "T"],
+  resamples: Float[ArrayLike, "R T"],
+  *,
+  confidence: float = 0.95,
+  trials: int | None = None,
 ) -> Interval:
-  """The mean over these very targets; what varies is which examples were drawn."""
-  return _percentiles(
-    np.mean(values), np.mean(resamples, axis=1), confidence, "bootstrap over examples"
-  )
+  """The mean over these very targets; what varies is which examples were drawn.
+
+  The percentiles of the resampled means, moved so that their average is the value: a maximum over
+  thresholds is larger in every resample than in the sample, and plain percentiles would then
+  lie above the value.
+
+  Args:
+    values: float[T], the metric of each target, in [0, 1].
+    resamples: float[R, T], as `resample` gives them.
+    confidence: in (0, 1).
+    trials: number of members; when no resample differs (no true positive at all, say) the
+      bootstrap is blind and the exact binomial interval of `trials` takes its place.
+  """
+  means = np.mean(resamples, axis=1)
+  return _percentiles(np.mean(values), means, confidence, trials, "bootstrap over examples")
 
 
 def over_targets(values: Float[ArrayLike, "T"], *, confidence: float = 0.95) -> Interval:
-  """Student's t for the mean over targets; with one target the interval is infinite.
+  """Student's t for the mean of a rate over targets; with one target the interval is [0, 1].
 
   Targets that audit each other share shadows and examples, so they are not independent and this
   interval is then somewhat too narrow.
@@ -218,10 +267,10 @@ def over_targets(values: Float[ArrayLike, "T"], *, confidence: float = 0.95) -> 
   values = np.asarray(values, np.float64)
   mean, name = float(values.mean()), _named("t-interval over targets", confidence)
   if len(values) < 2:
-    return Interval(mean, -math.inf, math.inf, name)
+    return Interval(mean, 0.0, 1.0, name)
   quantile = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1)
   half = float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
-  return Interval(mean, mean - half, mean + half, name)
+  return Interval(mean, max(mean - half, 0.0), min(mean + half, 1.0), name)
 
 
 def over_both(
@@ -230,23 +279,45 @@ def over_both(
   resamples: Float[ArrayLike, "R T"],
   *,
   confidence: float = 0.95,
+  trials: int | None = None,
 ) -> Interval:
   """Targets are drawn with replacement, then examples: the variation of a repeated study.
 
   With one target there is nothing to draw, and the interval is that over examples, named so.
+
+  Args:
+    values, resamples, confidence, trials: as `over_examples`.
   """
   num_resamples, num_targets = np.shape(resamples)
   if num_targets == 1:
-    return over_examples(values, resamples, confidence=confidence)
+    return over_examples(values, resamples, confidence=confidence, trials=trials)
   drawn = np.asarray(jax.random.randint(key, (num_resamples, num_targets), 0, num_targets))
   means = np.take_along_axis(np.asarray(resamples), drawn, axis=1).mean(axis=1)
-  return _percentiles(np.mean(values), means, confidence, "bootstrap over examples and models")
+  name = "bootstrap over examples and models"
+  return _percentiles(np.mean(values), means, confidence, trials, name)
 
 
-def _percentiles(value, draws, confidence, name):
+def binomial(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
+  """Exact interval for a rate of independent trials.
+
+  >>> interval = binomial(0, 100)
+  >>> interval.low, round(interval.high, 4)
+  (0.0, 0.0362)
+
+  Reference: Clopper and Pearson 1934.
+  """
+  test = scipy.stats.binomtest(successes, trials).proportion_ci(confidence)
+  name = _named("exact binomial", confidence)
+  return Interval(successes / trials, float(test.low), float(test.high), name)
+
+
+def _percentiles(value, draws, confidence, trials, name):
+  value = float(value)
+  if trials is not None and np.ptp(draws) == 0:
+    return binomial(round(value * trials), trials, confidence=confidence)._replace(value=value)
   tail = (1 - confidence) / 2
-  low, high = np.quantile(draws, [tail, 1 - tail])
-  return Interval(float(value), float(low), float(high), _named(name, confidence))
+  low, high = np.quantile(draws, [tail, 1 - tail]) + value - np.mean(draws)
+  return Interval(value, max(float(low), 0.0), min(float(high), 1.0), _named(name, confidence))
 
 
 def _named(name, confidence):

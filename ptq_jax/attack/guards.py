@@ -1,0 +1,94 @@
+"""Guard rails: reasons not to trust an audit, each a sentence or None. Nothing here raises but counts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ptq_jax.base import ArrayLike, Bool, Float
+
+ACCURACY_MARGIN = 0.02
+
+
+def accuracy_mismatch(
+  shadow_accuracy: Float[ArrayLike, "M"],
+  target_accuracy: Float[ArrayLike, "T"],
+  *,
+  margin: float = ACCURACY_MARGIN,
+) -> str | None:
+  """Shadows stand for the targets only if they perform alike.
+
+  Args:
+    shadow_accuracy: float[M], test accuracy in [0, 1].
+    target_accuracy: float[T].
+    margin: largest difference of the means that passes.
+  """
+  shadow, target = float(np.mean(shadow_accuracy)), float(np.mean(target_accuracy))
+  if abs(shadow - target) <= margin:
+    return None
+  return (
+    f"shadows reach {shadow:.1%} test accuracy and targets {target:.1%}; they differ by more than "
+    f"{margin:.1%}, so the shadows may not describe the targets and the attack may look too weak."
+  )
+
+
+def too_few_non_members(num_non_members: int, fprs: Sequence[float]) -> str | None:
+  """A false-positive rate below one non-member cannot be told from zero."""
+  blind = [fpr for fpr in fprs if num_non_members * fpr < 1]
+  if not blind:
+    return None
+  return (
+    f"{num_non_members} non-members per target cannot resolve a false-positive rate of "
+    f"{', '.join(f'{fpr:.3%}' for fpr in blind)}: no false positive is allowed there, and the "
+    f"true-positive rate is a lower bound; {int(np.ceil(1 / min(blind)))} non-members would do."
+  )
+
+
+def few_false_positives(false_positives: int, *, fpr: float, needed: int = 10) -> str | None:
+  """A threshold that rests on a handful of non-members moves with each of them."""
+  if false_positives >= needed:
+    return None
+  return (
+    f"the true-positive rate at {fpr:.3%} false positives rests on {false_positives} false "
+    f"positives per target, fewer than {needed}; read its interval, not its value."
+  )
+
+
+def unbalanced_leave_one_out(members: Bool[ArrayLike, "M E"]) -> str | None:
+  """Leaving only the target out tells its membership if every example has equally many members."""
+  members = np.asarray(members).astype(bool)
+  counts = members.sum(axis=0)
+  paired = len(members) % 2 == 0 and (members[::2] != members[1::2]).all()
+  if paired or counts.min() != counts.max():
+    return None
+  return (
+    f"every example has exactly {counts[0]} members among {len(members)} models, but models do not "
+    "come in complementary pairs; leave-one-out then biases the attack against members, the more "
+    "the fewer models there are."
+  )
+
+
+def check_shadow_count(found: int, *, expected: int):
+  """
+  Raises:
+    ValueError: if scores hold another number of shadows than was configured.
+  """
+  if found != expected:
+    raise ValueError(
+      f"there are scores of {found} shadows, but {expected} are configured; finish training or "
+      "correct the number of models."
+    )
+
+
+def auditable(
+  members: Bool[ArrayLike, "M E"], *, needed: int = 2, left_out: int = 0
+) -> Bool[np.ndarray, "E"]:
+  """The examples with enough "in" and "out" shadows for a variance of their own.
+
+  Args:
+    members: bool[M, E], the shadows'.
+    needed: shadows on each side.
+    left_out: how many shadows a target's attacker does without (leave-one-out: 1).
+  """
+  members = np.asarray(members).astype(bool)
+  counts = np.minimum(members.sum(axis=0), (~members).sum(axis=0))
+  return counts - left_out >= needed
