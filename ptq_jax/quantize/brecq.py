@@ -1,0 +1,280 @@
+"""BRECQ: the roundings of a whole block are learned together, so that the block's output stays.
+
+Li et al. 2021, arXiv:2102.05426. Batch normalisation is folded into the convolutions first. Unit by
+unit along the chain that a zoo model names (stem, blocks, head), with shortcut and activation
+inside the unit; its inputs come from the network quantized so far, its targets are the
+full-precision outputs on full-precision inputs. All layers of a unit are learned jointly by the
+loop in `reconstruct`. Activations stay in full precision.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import trees
+from ptq_jax.base import Array, ArrayLike, Key, Shaped, Variables
+from ptq_jax.models import fold_batchnorm, units
+from ptq_jax.models.units import Unit
+from ptq_jax.quantize import capture, plan, reconstruct, walk
+from ptq_jax.quantize.capture import Hashable
+from ptq_jax.quantize.plan import Levels, Plan, Record
+from ptq_jax.quantize.reconstruct import Problem, Schedule
+
+SCHEDULE = Schedule(num_steps=500, learning_rate=0.01, weight=0.01)
+"""Found by measurement (BUILD_NOTES.md)."""
+
+PAPER = Schedule(num_steps=20_000, learning_rate=1e-3, weight=0.01)
+"""The paper's schedule."""
+
+
+def quantize_params(
+  key: Key,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "n ..."],
+  *,
+  levels: Levels | Mapping[str, Levels],
+  last_layer_levels: int | Literal["full"] | None = None,
+  **options,
+) -> tuple[Variables, list[Record]]:
+  """BRECQ for one model; arguments and errors as `adaround.quantize_params`.
+
+  Returns:
+    Variables of the same tree and dtypes, batch normalisation folded, and one record per unit,
+    with scalars.
+  """
+  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
+  layers = capture.check(model, stacked, images)
+  chosen = plan.resolve(layers, levels, last_layer_levels)
+  results = quantize_stacked(key[None], model, stacked, images, plans=[chosen], **options)
+  return walk.one_model(*results)
+
+
+def quantize_stacked(
+  keys: Key,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "M n ..."],
+  *,
+  plans: Sequence[Plan],
+  loss: Literal["mse", "fisher"] = "mse",
+  labels: Shaped[ArrayLike, "M n"] | None = None,
+  stop: Literal["plateau", "never"] = "plateau",
+  schedule: Schedule = SCHEDULE,
+  grid_options: Mapping[str, Any] | None = None,
+  memory_bytes: int | None = None,
+) -> tuple[Variables, list[Record]]:
+  """BRECQ for M models under P plans at once.
+
+  Args:
+    keys: [M], one per model; a model's result does not depend on its neighbours.
+    model: of the zoo, or with methods `units()` and `run_unit(x, name, train)` like one.
+    variables: stacked, leaves [M, ...].
+    images: each model's own calibration images.
+    plans: levels per layer path, see `plan.make`.
+    loss: "mse" weighs all outputs of a unit alike; "fisher" by the squared gradient of the
+      full-precision network's cross-entropy with respect to them (section 3.3), scaled to mean 1.
+    labels: of the images, for "fisher"; None: drawn from the network's own prediction.
+    stop, schedule: of `reconstruct.minimize`.
+    grid_options, memory_bytes: as in `adaround.quantize_stacked`.
+  Returns:
+    Variables [P, M, ...] of the same tree and dtypes otherwise, with batch normalisation folded
+    (`fold_batchnorm.fold`), and one record per unit with arrays [P, M].
+  Raises:
+    ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options; a
+      model that names no units.
+  """
+  if loss not in ("mse", "fisher"):
+    raise ValueError(f'loss must be "mse" or "fisher", got {loss!r}.')
+  reconstruct.check_stop(stop)
+  if not units.has_units(model):
+    raise ValueError(
+      f"{type(model).__name__} names no units; BRECQ needs methods units() and run_unit(x, name, "
+      "train), as models of ptq_jax.models have."
+    )
+  layers = capture.check(model, variables, images)
+  for chosen in plans:
+    plan.check(chosen, layers)
+  images = jnp.asarray(images)
+  folded = jax.vmap(lambda v: fold_batchnorm.fold(model, v, images[0]))(variables)
+  options = _Options(loss, labels, schedule, stop, dict(grid_options or {}))
+  return walk.quantize_stacked(
+    functools.partial(_quantize_unit, options=options),
+    keys,
+    model,
+    folded,
+    images,
+    plans=plans,
+    pair_bytes=_pair_bytes(units.chain(model, *trees.take((folded, images), 0)), images.shape[1]),
+    memory_bytes=memory_bytes,
+  )
+
+
+class _Options(NamedTuple):
+  """Arguments of `quantize_stacked` that every unit needs."""
+
+  loss: str
+  labels: Array | None
+  schedule: Schedule
+  stop: str
+  grid_options: dict[str, Any]
+
+
+class UnitRun(NamedTuple):
+  """A unit as a function of its kernels, variables and inputs. Hashable.
+
+  lowering: "native" leaves convolutions to the model; "patches" makes each a matrix product, which
+  a compiled loop on CPU runs many times faster than a convolution.
+  """
+
+  model: Hashable
+  unit: Unit
+  lowering: Literal["native", "patches"]
+
+  def __call__(self, weights, variables, inputs):
+    replaced = trees.replace(
+      variables, {f"params/{path}/kernel": kernel for path, kernel in weights.items()}
+    )
+    if self.lowering == "native":
+      return units.run(self.model.module, replaced, inputs, self.unit.name)
+    with nn.intercept_methods(
+      _convolve_by_patches({layer.path: layer for layer in self.unit.layers})
+    ):
+      return units.run(self.model.module, replaced, inputs, self.unit.name)
+
+
+def _convolve_by_patches(unit):
+  """Interceptor that runs the unit's Conv layers as patches times a matrix."""
+  layers = {layer.path: layer for layer in unit.layers}
+
+  def intercept(next_function, args, kwargs, context):
+    layer = layers.get(trees.SEPARATOR.join(context.module.path))
+    if context.method_name != "__call__" or layer is None or layer.kind != "conv":
+      return next_function(*args, **kwargs)
+    parameters = context.module.variables["params"]
+    matrix = capture.kernel_matrix(parameters["kernel"], layer)
+    product = jnp.einsum("gpd,gdk->pgk", capture.patches(args[0], layer), matrix)
+    outputs = product.reshape(args[0].shape[0], *layer.output_shape)
+    bias = parameters.get("bias")
+    return outputs if bias is None else outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
+
+  return intercept
+
+
+def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
+  """Learns the roundings of one unit for every pair whose plan quantizes anything in it."""
+  if not site.unit.layers:
+    return []
+  start = time.perf_counter()
+  fitted = {layer: walk.fit_grids(site, layer, options.grid_options) for layer in site.unit.layers}
+  num = len(site.pairs)
+  before, after, steps = (np.zeros(num, dtype) for dtype in (float, float, int))
+  for paths, active in _groups(site, fitted):
+    problems = _problems(site, fitted, paths, active, options)
+    run = UnitRun(Hashable(site.model), site.unit, "patches")
+    keys = jnp.stack([site.keys[index] for index in active])
+    alphas, steps[active] = reconstruct.minimize(
+      run, problems, keys, schedule=options.schedule, stop=options.stop
+    )
+    kernels, before[active], after[active] = reconstruct.finish(
+      run, problems, alphas, batch_size=capture.images_at_once(site.unit.layers)
+    )
+    for layer in paths:
+      walk.replace_kernels(site, layer, active, kernels[layer.path])
+  grids = {
+    layer.path: grids._replace(levels=levels) for layer, (_, grids, levels) in fitted.items()
+  }
+  seconds = time.perf_counter() - start
+  return [walk.Outcome(site.unit.name, before, after, steps, grids, seconds)]
+
+
+def _groups(site, fitted):
+  """Pairs of a site by which of the unit's layers their plans quantize: (layers, positions)."""
+  groups: dict[tuple, list[int]] = {}
+  for index in range(len(site.pairs)):
+    chosen = tuple(layer for layer, (_, _, levels) in fitted.items() if levels[index] > 0)
+    if chosen:
+      groups.setdefault(chosen, []).append(index)
+  return [(layers, np.array(active)) for layers, active in groups.items()]
+
+
+def _problems(site: walk.Site, fitted, layers, active, options: _Options) -> Problem:
+  """Stacked problems of the active pairs, which all quantize the same layers."""
+  models = sorted({site.pairs[index].model for index in active})
+  targets = {
+    m: walk.run_unit(site.model, site.unit, site.full[m], site.full_inputs[m]) for m in models
+  }
+  importance = None
+  if options.loss == "fisher":
+    weights = {m: _importance(site, m, options.labels) for m in models}
+    importance = jnp.stack([weights[site.pairs[index].model] for index in active])
+  return Problem(
+    weights={layer.path: fitted[layer][0][active] for layer in layers},
+    grids={layer.path: trees.take(fitted[layer][1], active) for layer in layers},
+    variables=trees.stack([_of_unit(site.quantized[index], site.unit) for index in active]),
+    inputs=jnp.stack([site.quantized_inputs[index] for index in active]),
+    targets=jnp.stack([targets[site.pairs[index].model] for index in active]),
+    importance=importance,
+  )
+
+
+def _of_unit(variables: Variables, unit: Unit) -> dict:
+  """The part of the variables that one unit uses."""
+  return {
+    collection: {unit.name: tree[unit.name]}
+    for collection, tree in variables.items()
+    if unit.name in tree
+  }
+
+
+def _importance(site: walk.Site, model_index: int, labels) -> Array:
+  """Squared gradients of the cross-entropy with respect to a unit's outputs, mean 1."""
+  names = list(site.model.units())
+  rest = tuple(names[names.index(site.unit.name) + 1 :])
+  variables = site.full[model_index]
+  outputs = walk.run_unit(site.model, site.unit, variables, site.full_inputs[model_index])
+  key = next(k for k, p in zip(site.keys, site.pairs, strict=True) if p.model == model_index)
+  own = None if labels is None else jnp.asarray(labels)[model_index]
+  squares = []
+  for index in capture.batches(np.arange(len(outputs)), capture.images_at_once(site.unit.layers)):
+    chosen = None if own is None else own[index]
+    squares.append(
+      _squared_gradient(Hashable(site.model), rest, variables, outputs[index], chosen, key, index)
+    )
+  joined = jnp.concatenate(squares)
+  return joined / jnp.maximum(jnp.mean(joined), jnp.finfo(joined.dtype).tiny)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squared_gradient(model, rest, variables, outputs, labels, key, index):
+  """Per image, the squared gradient of its cross-entropy with respect to a unit's outputs."""
+
+  def cross_entropy(outputs, labels):
+    logits = outputs
+    for name in rest:
+      logits = units.run(model.module, variables, logits, name)
+    if labels is None:
+      draw = jax.vmap(lambda i, row: jax.random.categorical(jax.random.fold_in(key, i), row))
+      labels = jax.lax.stop_gradient(draw(index, logits))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)
+    return -jnp.sum(chosen)
+
+  return jax.grad(cross_entropy)(outputs, labels) ** 2
+
+
+def _pair_bytes(chain: Sequence[Unit], num_images: int) -> int:
+  """What one pair takes at the unit that needs most: inputs, targets, optimiser state."""
+
+  def needed(unit):
+    first, last = unit.layers[0], unit.layers[-1]
+    ends = math.prod(first.input_shape) + 2 * math.prod(last.output_shape)
+    return num_images * ends + 10 * sum(math.prod(layer.kernel_shape) for layer in unit.layers)
+
+  return 4 * 2 * max(needed(unit) for unit in chain if unit.layers)
