@@ -1,4 +1,4 @@
-"""Guard rails: reasons not to trust an audit, each a sentence or None. Nothing here raises but counts."""
+"""Guard rails: reasons not to trust an audit, each a sentence, or None when all is well."""
 
 from collections.abc import Sequence
 

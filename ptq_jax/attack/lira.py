@@ -161,7 +161,8 @@ def attack(
     if any(variant.variance != "per_example" for variant in variants):
       shared = _shared_deviations(inputs, removed)
     for index, block in blocks.stream(inputs):
-      scores = np.asarray(_score_block(block, removed, shared, variants=variants))
+      sides = _sides(block, removed)
+      scores = np.asarray(_score(block.target_scores, sides, shared, variants=variants))
       result[:, :, index] = scores[:, :, : index.stop - index.start]
   return result
 
@@ -194,14 +195,13 @@ class _Deviations(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("variants",))
-def _score_block(block, left_out, deviations, *, variants):
+def _score(targets, sides, deviations, *, variants):
   """float64[N, T, B]."""
-  sides = _sides(block, left_out)
-  targets = block.target_scores.astype(jnp.float64)
-  return jnp.stack([_score(variant, targets, sides, deviations) for variant in variants])
+  targets = targets.astype(jnp.float64)
+  return jnp.stack([_score_one(variant, targets, sides, deviations) for variant in variants])
 
 
-def _score(variant, targets, sides, deviations):
+def _score_one(variant, targets, sides, deviations):
   """One variant for all targets: float64[T, B]."""
   centers = [getattr(side, variant.center) for side in sides]
   if variant.variance == "per_example":
@@ -226,6 +226,7 @@ def _score(variant, targets, sides, deviations):
   return scores.mean(axis=-1)
 
 
+@jax.jit
 def _sides(block, left_out):
   """The normal distributions of "in" and "out" for each target (or for all alike)."""
   members = (block.shadow_members, ~block.shadow_members)

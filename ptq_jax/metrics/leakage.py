@@ -88,6 +88,7 @@ def summarise(
   curves = [
     roc.curve(row[keep], m[keep]) for row, m, keep in zip(scores, members, audited, strict=True)
   ]
+  transfers = transferred(scores, members, shadows=shadows, **measured)
   num_members = int((members & audited).sum(axis=1).min())
 
   def number(value, draw, trials=None):
@@ -100,7 +101,7 @@ def summarise(
   def rate(i, level):
     value, draw = values.tpr[:, i], draws.tpr[..., i]
     examples = intervals.over_examples(value, draw, confidence=confidence, trials=num_members)
-    points = transferred(scores, members, level=level, audited=audited, shadows=shadows)
+    points = transfers and transfers[i]
     return (
       {**level._asdict(), **number(value, draw, num_members)}
       | {"over_examples": examples._asdict(), "over_targets": over_targets(value)}
@@ -140,10 +141,10 @@ def transferred(
   scores: Float[ArrayLike, "T E"],
   members: Bool[ArrayLike, "T E"],
   *,
-  level: intervals.Level,
+  levels: Sequence[intervals.Level],
   audited: Bool[ArrayLike, "T E"] | None = None,
   shadows: Pool | None = None,
-) -> list[roc.Point] | None:
+) -> list[list[roc.Point]] | None:
   """The rates on each target of a threshold that was set without looking at its membership.
 
   The threshold is the lowest that keeps the pooled non-members of other models at the level. When
@@ -152,9 +153,10 @@ def transferred(
 
   Args:
     scores, members, audited, shadows: as `summarise`.
-    level: the rate that the attacker aims at.
+    levels: the rates that the attacker aims at.
   Returns:
-    One point per target, whose `fpr` is the realised rate; None for one target without shadows.
+    For each level one point per target, whose `fpr` is the realised rate; None for one target
+    without shadows.
   """
   scores, members = np.asarray(scores), np.asarray(members).astype(bool)
   audited = np.ones_like(members) if audited is None else np.asarray(audited)
@@ -168,10 +170,12 @@ def transferred(
     owner = np.full(pool.shape, -1)
   order = np.argsort(-pool)
   pool, owner = pool[order], owner[order]
-  points = []
+  points = [[] for _ in levels]
   for t, keep in enumerate(audited):
-    threshold = _lowest_threshold(pool[owner != t], level)
-    points.append(roc.point_at_threshold(scores[t, keep], members[t, keep], threshold=threshold))
+    others = pool[owner != t]
+    for row, level in zip(points, levels, strict=True):
+      threshold = _lowest_threshold(others, level)
+      row.append(roc.point_at_threshold(scores[t, keep], members[t, keep], threshold=threshold))
   return points
 
 
