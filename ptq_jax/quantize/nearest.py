@@ -1,0 +1,207 @@
+"""Nearest rounding, and what all methods share that quantize every layer alone.
+
+`each_layer` fits the grids, rounds, measures the layer's output error and lets a method try to do
+better, for M models under P plans. Whatever does not depend on the plan (calibration inputs,
+Hessians) is computed once per model, and levels that several plans have in common once.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import trees
+from ptq_jax.base import Array, ArrayLike, Float, Key, Shaped, Variables
+from ptq_jax.quantize import capture, grid, hessian, plan, walk
+from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.plan import Levels, Plan, Record
+
+
+class Job(NamedTuple):
+  """One layer of M models at U numbers of levels; matrices as `capture.kernel_matrix` has them."""
+
+  weights: Float[Array, "M groups D K"]
+  """In full precision."""
+  hessians: Float[Array, "M groups D D"]
+  grids: Grid
+  """Scale and zero point [U, M, groups, 1, K], levels [U, 1, 1, 1, 1]."""
+  nearest: Float[Array, "U M groups D K"]
+  """The weights rounded to the grids."""
+
+
+Solve = Callable[[Job], Float[Array, "U M groups D K"]]
+"""A method: other weights on the same grids, with a smaller error if it can."""
+
+
+def quantize_params(
+  key: Key,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "n ..."],
+  *,
+  levels: Levels | Mapping[str, Levels],
+  last_layer_levels: int | Literal["full"] | None = None,
+  **options,
+) -> tuple[Variables, list[Record]]:
+  """Rounds every kernel of one model to the nearest level.
+
+  Args:
+    variables: of a Linen model that runs as `model.apply(variables, images, train=False)`.
+    images: calibration images; only the errors in the records depend on them.
+    levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
+    last_layer_levels: of the classifier, when they differ; "full" for full precision.
+    **options: of `quantize_stacked`.
+  Returns:
+    Variables of the same tree and dtypes, and one record per layer, with scalars.
+  Raises:
+    ValueError: see `quantize_stacked`.
+  """
+  return one_model(
+    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
+  )
+
+
+def quantize_stacked(
+  keys: Key,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "M n ..."],
+  *,
+  plans: Sequence[Plan],
+  grid_options: Mapping[str, Any] | None = None,
+  memory_bytes: int | None = None,
+) -> tuple[Variables, list[Record]]:
+  """Nearest rounding for M models under P plans.
+
+  Args:
+    keys: [M]; not used, nearest rounding is deterministic.
+    variables: stacked, leaves [M, ...].
+    images: each model's own calibration images.
+    plans: levels per layer path, see `plan.make`.
+    grid_options: for `grid.fit`.
+    memory_bytes: what the Hessians behind the errors may take; None: see `walk`.
+  Returns:
+    Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer with
+    arrays [P, M].
+  Raises:
+    ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options.
+  """
+  del keys
+  return each_layer(
+    lambda job: job.nearest,
+    model,
+    variables,
+    images,
+    plans=plans,
+    grid_options=grid_options,
+    memory_bytes=memory_bytes,
+  )
+
+
+def one_model(
+  stacked_method, key, model, variables, images, levels, last_layer_levels, options
+) -> tuple[Variables, list[Record]]:
+  """Runs a `quantize_stacked` for one model under one plan."""
+  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
+  layers = capture.check(model, stacked, images)
+  chosen = plan.resolve(layers, levels, last_layer_levels)
+  return walk.one_model(
+    *stacked_method(key[None], model, stacked, images, plans=[chosen], **options)
+  )
+
+
+def each_layer(
+  solve: Solve,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "M n ..."],
+  *,
+  plans: Sequence[Plan],
+  grid_options: Mapping[str, Any] | None = None,
+  memory_bytes: int | None = None,
+) -> tuple[Variables, list[Record]]:
+  """Quantizes every layer alone, from the inputs it has in the full-precision network.
+
+  Nearest rounding is kept for a model, plan and layer wherever `solve` does not beat it.
+  Arguments, results and errors are those of `quantize_stacked`.
+  """
+  layers = capture.check(model, variables, images)
+  for chosen in plans:
+    plan.check(chosen, layers)
+  options = tuple(sorted((grid_options or {}).items()))
+  budget = memory_bytes or walk.default_memory_bytes()
+  kernels, records = {}, []
+  start = time.perf_counter()
+  for layer, hessians in hessian.of_layers(model, variables, images, layers, memory_bytes=budget):
+    levels = [chosen[layer.path] for chosen in plans]
+    original = trees.get(variables, layer.kernel)
+    kernels[layer.kernel], record = _layer(solve, options, layer, original, hessians, levels)
+    end = time.perf_counter()
+    share = np.full(record.error_after.shape, (end - start) / record.error_after.size)
+    records.append(record._replace(seconds=share))
+    start = end
+  copies = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * len(plans)), variables)
+  return trees.replace(copies, kernels), records
+
+
+def _layer(solve, options, layer, original, hessians, levels):
+  """Kernels [P, M, ...] of one layer and its record, without the time."""
+  distinct = sorted({count for count in levels if count is not None})
+  where = [distinct.index(count) if count is not None else None for count in levels]
+
+  def by_plan(per_level, otherwise):
+    return jnp.stack([otherwise if u is None else per_level[u] for u in where])
+
+  num_models, original = len(hessians), jnp.asarray(original)
+  kernels, scale, zero_point, before, after = (None,) * 5
+  if distinct:
+    job, fitted, before = _round(layer, options, original, hessians, jnp.asarray(distinct))
+    scale, zero_point, _ = fitted
+    kernels, after = _keep_better(layer, job, solve(job), before)
+  ones = jnp.ones((num_models, *[1] * (original.ndim - 2), original.shape[-1]))
+  none = jnp.zeros(num_models)
+  before, after = (np.asarray(by_plan(error, none)) for error in (before, after))
+  counts = np.tile(np.array([[count or 0] for count in levels]), num_models)
+  grids = Grid(*map(np.asarray, (by_plan(scale, ones), by_plan(zero_point, 0 * ones))), counts)
+  record = Record(layer.path, before, after, np.zeros_like(counts), before, {layer.path: grids})
+  return by_plan(kernels, original), record
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _round(layer, options, kernels, hessians, counts):
+  """The job of one layer, its grids in the kernel's shape [U, M, ...], nearest's error [U, M]."""
+  fit = jax.vmap(lambda kernel, count: grid.fit(kernel, levels=count, **dict(options)), (0, None))
+  fitted = jax.vmap(fit, (None, 0))(kernels, counts)
+
+  def per_group(part):
+    return part.reshape(*part.shape[:2], layer.feature_group_count, 1, -1)
+
+  weights = jax.vmap(lambda kernel: capture.kernel_matrix(kernel, layer))(kernels)
+  weights = weights.astype(fitted.scale.dtype)
+  grids = Grid(
+    per_group(fitted.scale), per_group(fitted.zero_point), counts.reshape(-1, 1, 1, 1, 1)
+  )
+  rounded = grid.nearest(weights[None], grids)
+  job = Job(weights, hessians, grids, rounded)
+  return job, fitted, _errors(layer, job, rounded)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _keep_better(layer, job, found, before):
+  """Kernels [U, M, ...], each the found one or nearest rounding, and their errors [U, M]."""
+  error = _errors(layer, job, found)
+  better = (error < before)[:, :, None, None, None]
+  best = jnp.where(better, found, job.nearest)
+  reshape = functools.partial(capture.matrix_kernel, layer=layer)
+  return jax.vmap(jax.vmap(reshape))(best), jnp.minimum(error, before)
+
+
+def _errors(layer, job, found):
+  """Output errors [U, M] of the layer with other weights."""
+  error = functools.partial(hessian.output_error, layer=layer)
+  return jax.vmap(jax.vmap(error), (0, None))(found - job.weights[None], job.hessians)

@@ -1,0 +1,371 @@
+"""OBC (OBQ): weights are rounded one at a time, and those left make up for the error.
+
+Frantar & Alistarh 2022, "Optimal Brain Compression", arXiv:2208.11580, section 5. Of a row w of
+the weight matrix, the weight j with the smallest (q_j - w_j)^2 / [H^-1]_jj is rounded to q_j; the
+rest moves by -(w_j - q_j) / [H^-1]_jj [H^-1]_:j; and H^-1 loses row and column j in one step of
+Gaussian elimination. Weights off by more than half a step go first, the farthest before the others.
+
+Rank-1 updates of a [D, D] inverse per row cost D^3 memory traffic. Here all rows start from one
+shared inverse, and the elimination is blocked. Inside a block of B steps the inverse M is not
+touched: with F [t, D] the scaled columns eliminated so far, column j of the current inverse is
+M_:j - F^T F_:j. At the end of a block one matrix product makes M - F^T F for the columns that are
+left, and the finished columns are dropped. That is the same arithmetic in another order.
+"""
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Shaped, Variables
+from ptq_jax.quantize import batchnorm as batchnorms
+from ptq_jax.quantize import grid as grids
+from ptq_jax.quantize import hessian as hessians
+from ptq_jax.quantize import nearest
+from ptq_jax.quantize.grid import Grid, is_traced
+from ptq_jax.quantize.nearest import Job
+from ptq_jax.quantize.plan import Levels, Plan, Record
+
+MAX_BLOCKS = 10
+"""Every block has its own width and is compiled on its own."""
+
+CPU_MEMORY_BYTES = 2**25
+"""On a CPU the inverses of a chunk of rows should stay in the cache: 32 MiB."""
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def quantize_params(
+  key: Key,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "n ..."],
+  *,
+  levels: Levels | Mapping[str, Levels],
+  last_layer_levels: int | Literal["full"] | None = None,
+  **options,
+) -> tuple[Variables, list[Record]]:
+  """OBC for one model: every layer alone, from full-precision inputs; biases stay as they are.
+
+  Args:
+    variables: of a Linen model that runs as `model.apply(variables, images, train=False)`.
+    images: calibration images, as the model takes them.
+    levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
+    last_layer_levels: of the classifier, when they differ; "full" for full precision.
+    **options: of `quantize_stacked`; `batchnorm_images` without the model axis.
+  Returns:
+    Variables of the same tree and dtypes, and one record per layer, with scalars.
+  Raises:
+    ValueError: see `quantize_stacked`.
+  """
+  if options.get("batchnorm_images") is not None:
+    options["batchnorm_images"] = jnp.asarray(options["batchnorm_images"])[None]
+  return nearest.one_model(
+    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
+  )
+
+
+def quantize_stacked(
+  keys: Key,
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "M n ..."],
+  *,
+  plans: Sequence[Plan],
+  damping: float = 0.0,
+  batchnorm: Literal["members", "none"] = "members",
+  batchnorm_images: Shaped[ArrayLike, "M b ..."] | None = None,
+  block_size: int | None = None,
+  grid_options: Mapping[str, Any] | None = None,
+  memory_bytes: int | None = None,
+) -> tuple[Variables, list[Record]]:
+  """OBC for M models under P plans at once.
+
+  Args:
+    keys: [M], one per model; used only where estimating BN statistics needs dropout.
+    variables: stacked, leaves [M, ...].
+    images: each model's own calibration images.
+    plans: levels per layer path, see `plan.make`.
+    damping: see `hessian.inverse`.
+    batchnorm: "members" replaces the running statistics of the quantized networks by those of
+      `batchnorm_images` (`batchnorm.estimate`), "none" keeps them.
+    batchnorm_images: each model's own; None: the calibration images.
+    block_size: see `quantize_matrix`.
+    grid_options: for `grid.fit`.
+    memory_bytes: what the Hessians, and what the rows eliminated at once, may take; None: a default
+      for the platform each. Only a memory knob.
+  Returns:
+    Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer with
+    arrays [P, M]. Where OBC ended above nearest rounding, that was kept.
+  Raises:
+    ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options.
+  """
+  if batchnorm not in ("members", "none"):
+    raise ValueError(f'batchnorm must be "members" or "none", got {batchnorm!r}.')
+  batchnorm_images = images if batchnorm_images is None else batchnorm_images
+  if len(batchnorm_images) != len(images) or not np.shape(batchnorm_images)[1]:
+    raise ValueError(
+      f"batchnorm_images must be [{len(images)}, n >= 1, ...], one set per model; "
+      f"got shape {np.shape(batchnorm_images)}."
+    )
+  quantized, records = nearest.each_layer(
+    functools.partial(_solve, damping=damping, block_size=block_size, memory_bytes=memory_bytes),
+    model,
+    variables,
+    images,
+    plans=plans,
+    grid_options=grid_options,
+    memory_bytes=memory_bytes,
+  )
+  if batchnorm == "members":
+    changed = [any(count is not None for count in chosen.values()) for chosen in plans]
+    quantized = batchnorms.estimate_stacked(
+      keys, model, quantized, batchnorm_images, changed=changed
+    )
+  return quantized, records
+
+
+def quantize_matrix(
+  weights: Float[ArrayLike, "rows D"],
+  hessian: Float[ArrayLike, "D D"],
+  grid: Grid,
+  *,
+  damping: float = 0.0,
+  block_size: int | None = None,
+  memory_bytes: int | None = None,
+) -> Float[Array, "rows D"]:
+  """Quantizes a matrix of weights by OBC; the result lies on the grid.
+
+  Args:
+    weights: one row per output, columns in the order of the Hessian.
+    hessian: of the squared output error, 2/n sum x x^T; see `hessian.from_inputs`.
+    grid: scale and zero point [rows, 1] (or [1, 1]); levels a number, or an array of that shape.
+    damping: see `hessian.inverse`, which adds what a singular Hessian needs on its own.
+    block_size: columns per block, only a matter of speed; None: about 1/10 to all of them.
+    memory_bytes: what the rows eliminated at once may take; None: `default_memory_bytes()`.
+  Raises:
+    ValueError: shapes that do not fit, or values that are not finite (unless traced).
+  """
+  rows, D = weights.shape
+  if hessian.shape != (D, D):
+    raise ValueError(
+      f"hessian must be [{D}, {D}] for weights [{rows}, {D}], got {list(hessian.shape)}."
+    )
+  for name, array in (("weights", weights), ("hessian", hessian)):
+    if not is_traced(array) and not bool(jnp.isfinite(array).all()):
+      raise ValueError(f"{name} hold NaN or infinite values; OBC needs finite ones.")
+  grids.check_levels(grid.levels)
+  inverse = hessians.inverse(hessian, damping=damping)
+  shared = jax.tree.map(lambda part: part[None], inverse)
+  rowwise = Grid(*(jnp.broadcast_to(part, (rows, 1)) for part in grid))
+  return quantize_rows(
+    jnp.asarray(weights),
+    shared,
+    jnp.zeros(rows, jnp.int32),
+    rowwise,
+    block_size=block_size,
+    memory_bytes=memory_bytes,
+  )
+
+
+def quantize_rows(
+  weights: Float[Array, "rows D"],
+  inverse: hessians.Inverse,
+  owner: Int[Array, "rows"],
+  grid: Grid,
+  *,
+  block_size: int | None = None,
+  memory_bytes: int | None = None,
+) -> Float[Array, "rows D"]:
+  """OBC on rows that belong to several Hessians: of models, groups, and grids of any levels.
+
+  Args:
+    weights: rows of all of them together.
+    inverse: parts with a leading axis [matrices, ...]; see `hessian.inverse`.
+    owner: int[rows], which of the matrices a row belongs to.
+    grid: parts [rows, 1].
+    block_size, memory_bytes: as in `quantize_matrix`.
+  """
+  rows, D = weights.shape
+  block_size = block_size or math.ceil(D / _num_blocks(D))
+  budget = memory_bytes or default_memory_bytes()
+  chunks = math.ceil(rows / max(1, min(rows, budget // _bytes_per_row(D, weights.dtype))))
+  return _quantize_rows(block_size, chunks, weights, inverse, owner, grid)
+
+
+def _solve(job: Job, *, damping, block_size, memory_bytes) -> Array:
+  """OBC on all rows of a layer: of M models, their groups, U numbers of levels."""
+  num_levels, num_models, groups, D, K = job.nearest.shape
+  inverses = [
+    jax.vmap(functools.partial(hessians.inverse, damping=damping))(one) for one in job.hessians
+  ]
+  inverse = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inverses)
+  owner = np.tile(np.repeat(np.arange(num_models * groups, dtype=np.int32), K), num_levels)
+  rowwise = Grid(
+    *(jnp.broadcast_to(part, (num_levels, num_models, groups, 1, K)) for part in job.grids)
+  )
+  rowwise = jax.tree.map(lambda part: part.reshape(-1, 1), rowwise)
+  weights = jnp.broadcast_to(job.weights, job.nearest.shape).swapaxes(3, 4).reshape(-1, D)
+  found = _halving_memory(
+    lambda budget: quantize_rows(
+      weights, inverse, jnp.asarray(owner), rowwise, block_size=block_size, memory_bytes=budget
+    ),
+    memory_bytes or default_memory_bytes(),
+  )
+  return found.reshape(num_levels, num_models, groups, K, D).swapaxes(3, 4)
+
+
+def _halving_memory(function, memory_bytes):
+  """`function(memory_bytes)`; once more with half of it, with a warning, when memory runs out."""
+  while True:
+    try:
+      return jax.block_until_ready(function(memory_bytes))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error) or memory_bytes < 2**20:
+        raise
+      memory_bytes //= 2
+      warnings.warn(
+        f"out of memory in OBC; going on with rows that take {memory_bytes} bytes at once.",
+        stacklevel=3,
+      )
+
+
+def default_memory_bytes() -> int:
+  """Cache size on a CPU; a quarter of the memory of an accelerator."""
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return CPU_MEMORY_BYTES
+  limit = (device.memory_stats() or {}).get("bytes_limit", 2**32)
+  return limit // 4
+
+
+def _num_blocks(D):
+  """How many blocks; measured on a CPU, flat around the best."""
+  return max(1, min(MAX_BLOCKS, round(math.sqrt(D) / 5)))
+
+
+def _bytes_per_row(D, dtype):
+  """About what one row takes while it is worked on: its inverse, a copy, and the factors."""
+  return 2 * D * D * max(dtype.itemsize, 4)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quantize_rows(block_size, chunks, weights, inverse, owner, grid):
+  """Chunk by chunk; the last is filled up with copies of the last row."""
+  rows, D = weights.shape
+  size = math.ceil(rows / chunks)
+  eliminate = functools.partial(_eliminate, _widths(D, block_size), inverse)
+  wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  inputs = (wide, owner, grid)
+  if chunks == 1:
+    result = eliminate(*inputs)
+  else:
+    fill = jnp.minimum(jnp.arange(chunks * size), rows - 1).reshape(chunks, size)
+    chunked = jax.tree.map(lambda part: part[fill], inputs)
+    result = jax.lax.map(lambda chunk: eliminate(*chunk), chunked).reshape(-1, D)[:rows]
+  return grids.nearest(result, grid).astype(weights.dtype)
+
+
+def _widths(D, block_size):
+  """Columns left at the start of each block, and 0 at the end."""
+  return (*range(D, 0, -block_size), 0)
+
+
+class _Rows(NamedTuple):
+  """Rows inside a block: R columns are left at its start, t of them eliminated by now."""
+
+  weights: Array  # [rows, R], finished ones on the grid
+  diagonal: Array  # [rows, R], of the current inverse
+  finished: Array  # bool[rows, R]
+  factors: Array  # [rows, B, R], the first t are set, the rest 0
+
+
+def _eliminate(widths, inverse, weights, owner, grid):
+  """Quantizes all columns of some rows: [rows, D] -> [rows, D]."""
+  result = weights
+  rows, D = weights.shape
+  columns = jnp.broadcast_to(jnp.arange(D, dtype=jnp.int32), (rows, D))  # where they come from
+  diagonal = jax.vmap(jnp.diagonal)(inverse.matrix)[owner]
+  floor = inverse.floor[owner]
+  current = None  # [rows, R, R]; the first block reads the shared inverse
+  for width, left in itertools.pairwise(widths):
+    if current is None:
+      column = functools.partial(_take_shared_row, inverse.matrix, owner)
+    else:
+      column = functools.partial(_take_row, current)
+    state = _Rows(
+      weights,
+      diagonal,
+      jnp.zeros((rows, width), bool),
+      jnp.zeros((rows, width - left, width), weights.dtype),
+    )
+    step = functools.partial(_step, column, floor, grid)
+    state = jax.lax.fori_loop(0, width - left, step, state)
+    result = jnp.put_along_axis(result, columns, state.weights, axis=1, inplace=False)
+    if not left:
+      return result
+    keep = _first_true(~state.finished, left)
+    if current is None:
+      current = inverse.matrix[owner[:, None, None], keep[:, :, None], keep[:, None, :]]
+    else:
+      current = _take(_take(current, keep[:, :, None], 1), keep[:, None, :], 2)
+    factors = _take(state.factors, keep[:, None, :], 2)
+    current -= jnp.einsum("rti,rtj->rij", factors, factors, precision=HIGHEST)
+    weights, diagonal, floor, columns = (
+      _take(part, keep, 1) for part in (state.weights, state.diagonal, floor, columns)
+    )
+
+
+def _step(column, floor, grid, t, state):
+  """Rounds one weight of every row, moves the others, and adds a factor."""
+  w, diagonal, finished, factors = state
+  rounded = grids.nearest(w, grid)
+  error = w - rounded
+  squared = error * error
+  outlier = squared > 0.25 * grid.scale * grid.scale
+  score = jnp.where(outlier, -squared, squared / jnp.maximum(diagonal, floor))
+  j = _argmin(jnp.where(finished, jnp.inf, score))
+  c = column(j) - jnp.einsum(
+    "rti,rt->ri", factors, _take(factors, j[:, None, None], 2)[:, :, 0], precision=HIGHEST
+  )
+  c = jnp.where(finished, 0, c)
+  d = jnp.maximum(_take(c, j[:, None], 1), _take(floor, j[:, None], 1))
+  chosen = jnp.arange(w.shape[1])[None] == j[:, None]
+  w = jnp.where(chosen, rounded, w - c * (_take(error, j[:, None], 1) / d))
+  factor = c / jnp.sqrt(d)
+  factors = jax.lax.dynamic_update_slice(factors, factor[:, None], (0, t, 0))
+  return _Rows(w, diagonal - factor * factor, finished | chosen, factors)
+
+
+def _argmin(score):
+  """First smallest entry of each row; two plain reductions are faster than one of pairs."""
+  smallest = jnp.min(score, axis=1, keepdims=True)
+  positions = jnp.arange(score.shape[1], dtype=jnp.int32)[None]
+  return jnp.min(jnp.where(score == smallest, positions, score.shape[1] - 1), axis=1)
+
+
+def _first_true(mask, count):
+  """Positions of the `count` true entries of each row, in order."""
+  positions = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
+  return jnp.sort(jnp.where(mask, positions, mask.shape[1]), axis=1)[:, :count]
+
+
+def _take_row(matrices, j):
+  """Row j of each matrix: [rows, R, R], [rows] -> [rows, R]."""
+  return _take(matrices, j[:, None, None], 1)[:, 0]
+
+
+def _take_shared_row(matrices, owner, j):
+  """Row j of the matrix that each row belongs to: [matrices, R, R] -> [rows, R]."""
+  return matrices[owner, j]
+
+
+def _take(array, indices, axis):
+  return jnp.take_along_axis(array, indices, axis=axis)
