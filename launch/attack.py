@@ -16,7 +16,7 @@ import numpy as np
 from launch.progress import Progress
 from launch.workdir import FULL_PRECISION, Audit, open_audit, variant_name
 from ptq_jax import settings, storage
-from ptq_jax.attack import protocol
+from ptq_jax.attack import guards, protocol
 from ptq_jax.data import duplicates
 from ptq_jax.metrics import intervals, leakage
 from ptq_jax.models import units
@@ -97,8 +97,8 @@ def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
     expected = len(audit.members.get(group, audit.members["shadows"]))
     if len(loaded["scores"]) != expected:
       raise ValueError(
-        f"{variant_name(variant)} has scores of {len(loaded['scores'])} {group}, but the config asks "
-        f"for {expected}; run train_shadows and quantize again."
+        f"{variant_name(variant)} has scores of {len(loaded['scores'])} {group}, but the config "
+        f"asks for {expected}; run train_shadows and quantize again."
       )
   return {
     "shadow_scores": shadows["scores"],
@@ -146,7 +146,29 @@ def unit_records(audit: Audit, variant: Variant) -> list[dict]:
 
 def warnings(audit: Audit, found: list[dict]) -> list[dict]:
   """What a reader must know before trusting the numbers."""
-  return []
+  sentences = {}
+  full = scores_of(audit, FULL_PRECISION)
+  mismatch = guards.accuracy_mismatch(full["shadow_accuracy"], full["target_accuracy"])
+  sentences["shadows"] = mismatch
+  if "targets" not in audit.members:
+    sentences["protocol"] = guards.unbalanced_leave_one_out(audit.members["shadows"])
+  leaks = records.select(found, "leakage")
+  fewest = min(record["num_non_members"] for record in leaks)
+  sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
+  for method in dict.fromkeys(record["method"] for record in records.select(found, "unit")):
+    rows = records.select(found, "unit", method=method)
+    idle = [record for record in rows if record["error_after"] >= record["error_nearest"] > 0]
+    if method != "nearest" and idle:
+      names = ", ".join(f"{r['unit']} at {r['levels']} levels" for r in idle[:3])
+      sentences[records.method_name(method)] = (
+        f"{len(idle)} of {len(rows)} units are no better than rounded to the nearest level, for "
+        f"example {names}; more or other calibration images may help."
+      )
+  return [
+    records.make("warning", about=about, message=message)
+    for about, message in sentences.items()
+    if message
+  ]
 
 
 def run_record(audit: Audit, inputs: str) -> dict:

@@ -100,7 +100,7 @@ def launch(
     sys.exit(0)
 
   def main(arguments: Sequence[str]) -> None:
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # absl's default also shows JAX's notes to itself
     try:
       if len(arguments) > 1:

@@ -39,7 +39,7 @@ def test_corrupt_arrays_are_recognised(tmp_path, how):
     damage(path)
   else:
     path.write_bytes(path.read_bytes()[: 1000 if how == "truncated" else 0])
-  with pytest.raises(storage.CorruptFileError, match="is corrupt .* delete it and run again"):
+  with pytest.raises(storage.CorruptFileError, match=r"is corrupt .* delete it and run again"):
     storage.load_arrays(path)
 
 
@@ -71,7 +71,7 @@ def test_records_are_json_lines(tmp_path):
 
 def test_unwritable_directory_is_named(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(NotADirectoryError, match="cannot be written .* choose another"):
+  with pytest.raises(NotADirectoryError, match=r"cannot be written .* choose another"):
     storage.require_writable(tmp_path / "file" / "runs")
 
 

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ptq_jax.base import Array, Int, Key, Keys, UInt8
+from ptq_jax.models import parallel
 from ptq_jax.train import fit
 
 
@@ -46,6 +48,7 @@ def epochs(
   first: int,
   last: int,
   steps_per_dispatch: int | None = None,
+  mesh: Mesh | None = None,
 ) -> Iterator[Epoch]:
   """Trains a chunk, one epoch per iteration; donates the states: do not use them again.
 
@@ -60,14 +63,17 @@ def epochs(
     last: epochs done at the end.
     steps_per_dispatch: updates per call of the device. None: all of an epoch, but one on a CPU,
       where XLA runs a convolution inside a loop without threads.
+    mesh: devices that share the models, see `models.parallel`; None: one device.
   """
+  states, keys, members = (parallel.place(tree, mesh) for tree in (states, keys, members))
+  images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
   for epoch in range(first, last):
     indices = _indices(keys, members, epoch, batch_size=recipe.batch_size)
     size = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else indices.shape[1])
     parts, weights = [], []
     for start in range(0, indices.shape[1], size):
       part = indices[:, start : start + size]
-      states, metrics = _run(recipe, states, keys, images, labels, part)
+      states, metrics = _run(recipe, mesh, states, keys, images, labels, part)
       parts.append(metrics)
       weights.append(part.shape[1])
     yield Epoch(epoch + 1, states, _mean(parts, weights))
@@ -79,11 +85,11 @@ def _indices(keys, members, epoch, *, batch_size):
   return jax.vmap(one, in_axes=(0, 0, None))(keys, members, epoch)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _run(recipe, states, keys, images, labels, indices):
-  return jax.vmap(functools.partial(fit.run, recipe), in_axes=(0, 0, None, None, 0))(
-    states, keys, images, labels, indices
-  )
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _run(recipe, mesh, states, keys, images, labels, indices):
+  run = functools.partial(fit.run, recipe)
+  batched = parallel.over_models(run, in_axes=(0, 0, None, None, 0), mesh=mesh)
+  return batched(states, keys, images, labels, indices)
 
 
 def _mean(parts, weights):

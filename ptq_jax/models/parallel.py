@@ -1,0 +1,56 @@
+"""The model axis over the devices of a process: each device has its own models, none talk.
+
+A device mesh has one axis, "models". Functions written for one model are vmapped and, given a mesh,
+split over it with `jax.shard_map`; results do not depend on how many devices there are.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ptq_jax.base import PyTree
+
+AXIS = "models"
+
+
+def mesh_for(num_models: int, *, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+  """A mesh of as many local devices as divide the number of models; None for a single one.
+
+  Args:
+    num_models: length of the model axis.
+    devices: to choose from; None: all of this process.
+  """
+  devices = jax.local_devices() if devices is None else devices
+  count = max(n for n in range(1, len(devices) + 1) if num_models % n == 0)
+  if count == 1:
+    return None
+  types = (jax.sharding.AxisType.Auto,)
+  return jax.make_mesh((count,), (AXIS,), axis_types=types, devices=devices[:count])
+
+
+def over_models(
+  function: Callable[..., PyTree], *, in_axes: Sequence[int | None], mesh: Mesh | None = None
+) -> Callable[..., PyTree]:
+  """`jax.vmap(function, in_axes)`, and each device of the mesh does its share of the models.
+
+  Args:
+    function: of one model.
+    in_axes: 0 for arguments with a model axis, None for those that all models share.
+    mesh: see `mesh_for`; None stays on one device.
+  """
+  batched = jax.vmap(function, in_axes=tuple(in_axes))
+  if mesh is None:
+    return batched
+  specs = tuple(PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in in_axes)
+  return jax.shard_map(
+    batched, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
+  )
+
+
+def place(tree: PyTree, mesh: Mesh | None, *, shared: bool = False) -> PyTree:
+  """Puts stacked models on the mesh, or with `shared` a copy of the tree on each device."""
+  if mesh is None:
+    return jax.device_put(tree, jax.local_devices()[0])
+  spec = PartitionSpec() if shared else PartitionSpec(AXIS)
+  return jax.device_put(tree, NamedSharding(mesh, spec))
