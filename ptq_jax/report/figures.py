@@ -92,7 +92,7 @@ def draw(
     found["roc"] = roc(records, attack=attack)
   if fpr is not None and records_lib.sweeps(rows):
     found["last_layer"] = last_layer(records, attack=attack, fpr=fpr)
-  if records_lib.select(records, "exposure"):
+  if any(record["method"] != "none" for record in records_lib.select(records, "exposure")):
     found["exposure_overlap"] = exposure_overlap(records)
   return found
 
@@ -170,11 +170,10 @@ def privacy_utility(
       _star(axes, full, fpr)
       axes.axhline(100 * fpr, color=MUTED, linewidth=1, linestyle=":")
       axes.set_title(f"Attacker with {_attacker_words(attacker)} shadows")
-    _scale_accuracy(panels, [r for r in rows if r in full or r in quantized])
+    _scale_accuracy(panels, full + quantized)
     _scale_rate(panels, fpr)
     panels[0].set_ylabel(_rate_label(rows, fpr))
-    handles = [_line(_method_color(m, methods), _literal(records_lib.method_name(m)))
-               for m in methods]  # fmt: skip
+    handles = _method_handles(methods)
     handles += [_mark(_marker(n), f"{records_lib.bits(n)} bit") for n in _levels(quantized)]
     handles += [_mark("*", "full precision", size=11.0)] if full else []
     if len(attackers) > 1:
@@ -221,8 +220,7 @@ def last_layer(
       column[1].set_xlabel("bits of the last layer")
     panels[0, 0].set_ylabel("test accuracy, %")
     panels[1, 0].set_ylabel(_rate_label(rows, fpr))
-    handles = [_line(_method_color(m, methods), _literal(records_lib.method_name(m)))
-               for m in methods]  # fmt: skip
+    handles = _method_handles(methods)
     swept = [row for group in sweeps.values() for row in group]
     handles += _attacker_handles(swept, marker="o")
     handles += [_line(INK, "full precision", linewidth=1)] if full else []
@@ -238,8 +236,7 @@ def exposure_overlap(records: Sequence[Record]) -> Figure:
   Raises:
     ValueError: if there is no exposure record.
   """
-  found = records_lib.select(records, "exposure")
-  found = [r for r in found if r["method"] != "none"]
+  found = [r for r in records_lib.select(records, "exposure") if r["method"] != "none"]
   if not found:
     raise ValueError("there is no exposure record of a quantized variant; nothing to draw.")
   rows = records_lib.main_rows([Row(v, None, None) for v in _ordered_variants(found)])
@@ -258,11 +255,10 @@ def exposure_overlap(records: Sequence[Record]) -> Figure:
         x = [levels.index(r["levels"]) + shift * (i - (len(methods) - 1) / 2) for r in some]
         numbers = [r["jaccard"] for r in some]
         color = _method_color(method, methods)
-        _number_line(axes, x, numbers, 1.0, color, dashed=attacker == "full_precision")
-    handles = [_line(_method_color(m, methods), _literal(records_lib.method_name(m)))
-               for m in methods]  # fmt: skip
-    both = {record.get("attacker") for record in found}
-    handles += [h for h in _both_attackers("o") if len(both) > 1]
+        _number_line(axes, x, numbers, color, dashed=attacker == "full_precision")
+    handles = _method_handles(methods)
+    if len({record.get("attacker") for record in found}) > 1:
+      handles += _both_attackers("o")
     chance = _random_overlap(found)
     if chance is not None:
       axes.axhline(chance, color=MUTED, linewidth=1, linestyle=":")
@@ -524,10 +520,10 @@ def _sweep_lines(
 ) -> None:
   group = sorted(group, key=lambda row: lasts.index(row.variant.last_layer_levels))
   x = [float(lasts.index(row.variant.last_layer_levels)) for row in group]
-  _number_line(column[0], x, [_accuracy(row) for row in group], 1.0, color)
+  _number_line(column[0], x, [_accuracy(row) for row in group], color)
   for attacker in records_lib.ATTACKERS:
     numbers = [_tpr(getattr(row, attacker), fpr) for row in group]
-    _number_line(column[1], x, numbers, 1.0, color, dashed=attacker == "full_precision")
+    _number_line(column[1], x, numbers, color, dashed=attacker == "full_precision")
 
 
 def _reference_lines(column: Sequence[Axes], full: Sequence[Row], fpr: float) -> None:
@@ -539,15 +535,13 @@ def _reference_lines(column: Sequence[Axes], full: Sequence[Row], fpr: float) ->
 
 
 def _number_line(
-  axes: Axes, x: Sequence[float], numbers: Sequence, scale: float, color: str, dashed: bool = False
+  axes: Axes, x: Sequence[float], numbers: Sequence, color: str, dashed: bool = False
 ) -> None:
-  """Numbers joined by a line, with their intervals; gaps where one is missing."""
+  """Numbers joined by a line, with their intervals; what is missing is left out."""
   shown = [(a, n) for a, n in zip(x, numbers, strict=True) if _value(n) is not None]
-  if not shown:
-    return
   axes.plot(
     [a for a, _ in shown],
-    [scale * _value(n) for _, n in shown],
+    [_value(n) for _, n in shown],
     color=color,
     linestyle=_DASHED if dashed else "-",
     linewidth=1.4,
@@ -558,9 +552,8 @@ def _number_line(
     zorder=3,
   )
   for a, number in shown:
-    bars = _bars(number)
-    if bars is not None:
-      axes.errorbar(a, scale * _value(number), yerr=scale * bars, color=color, elinewidth=1)
+    if _bars(number) is not None:
+      axes.errorbar(a, _value(number), yerr=_bars(number), color=color, elinewidth=1)
 
 
 def _random_overlap(found: Sequence[Record]) -> float | None:
@@ -576,7 +569,7 @@ def _random_overlap(found: Sequence[Record]) -> float | None:
 
 
 def _accuracy(row: Row) -> Record | None:
-  return _percent(row.any.get("test_accuracy"))
+  return _percent(row.either.get("test_accuracy"))
 
 
 def _tpr(record: Record | None, fpr: float) -> Record | None:
@@ -681,6 +674,10 @@ def _line(color: str, label: str, **kwargs) -> Line2D:
 
 def _mark(marker: str, label: str, size: float = 6.5) -> Line2D:
   return _line(INK, label, linestyle="none", marker=marker, markersize=size)
+
+
+def _method_handles(methods: Sequence[str]) -> list[Line2D]:
+  return [_line(_method_color(m, methods), _literal(records_lib.method_name(m))) for m in methods]
 
 
 def _both_attackers(marker: str | None) -> list[Line2D]:

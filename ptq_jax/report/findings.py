@@ -83,7 +83,9 @@ def _headline(full: Row | None, chosen: Row | None, fpr: float) -> str:
 
 def _cost(full: Row, chosen: Row) -> str:
   """What it costs in accuracy, as the end of a sentence."""
-  change = records_lib.difference(chosen.any.get("test_accuracy"), full.any.get("test_accuracy"))
+  change = records_lib.difference(
+    chosen.either.get("test_accuracy"), full.either.get("test_accuracy")
+  )
   if change is None:
     return ""
   if change.overlap:
@@ -192,8 +194,8 @@ def _accuracy_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
   """The narrowest variant whose accuracy is within the interval of full precision."""
   if full is None:
     return []
-  number = full.any.get("test_accuracy")
-  changes = [(records_lib.difference(r.any.get("test_accuracy"), number), r) for r in quantized]
+  number = full.either.get("test_accuracy")
+  changes = [(records_lib.difference(r.either.get("test_accuracy"), number), r) for r in quantized]
   same = [row for change, row in changes if change is not None and change.overlap]
   if not same:
     return []
@@ -227,7 +229,7 @@ def _rate(record: Record | None, fpr: float) -> float | None:
 
 
 def _accuracy(row: Row) -> float | None:
-  return records_lib.value_of(row.any.get("test_accuracy"))
+  return records_lib.value_of(row.either.get("test_accuracy"))
 
 
 def _percent(rate: float | None, fpr: float) -> str:

@@ -156,7 +156,7 @@ def _tiles(rows: Sequence[Row], fpr: float | None) -> str:
 
 
 def _tile(row: Row, record: Record | None, attacker: str, fpr: float) -> str:
-  tpr, accuracy = records_lib.tpr_at(record, fpr), row.any.get("test_accuracy")
+  tpr, accuracy = records_lib.tpr_at(record, fpr), row.either.get("test_accuracy")
   decimals = rate_decimals(fpr)
   return (
     f'<div class="tile"><h3>{escape(records_lib.describe(row.variant))}</h3>'

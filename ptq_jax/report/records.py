@@ -60,7 +60,7 @@ class Row(NamedTuple):
   matched: Record | None
 
   @property
-  def any(self) -> Record:
+  def either(self) -> Record:
     """The record that holds what does not depend on the attacker: accuracy, bits, size."""
     return self.full_precision or self.matched or {}
 

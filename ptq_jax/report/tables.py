@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ptq_jax.report import records as records_lib
@@ -25,10 +25,11 @@ TO = "\u2013"
 SAME = "same"
 """Shown for matched shadows of a full-precision target: they are the full-precision shadows."""
 
-_NARROWEST = 8
-
 MARKS = {"false_positives": "†", "non_members": "‡"}
+"""Footnote mark of a rate by its `records.weakness`."""
+
 OVERLAP = "≈"
+"""Footnote mark of a difference whose two intervals overlap."""
 
 
 class Column(NamedTuple):
@@ -36,7 +37,7 @@ class Column(NamedTuple):
 
   name: str
   group: str = ""
-  words: bool = False  # left-aligned and may be shortened
+  words: bool = False  # left-aligned and wrapped
 
 
 class Cell(NamedTuple):
@@ -239,19 +240,18 @@ def to_csv(records: Sequence[Record]) -> str:
   """Every number of the leakage records, exact: one line per (variant, attacker, attack).
 
   Columns are the fields of the record; a number takes four (itself, `_low`, `_high`, `_interval`).
-  TPR columns are named by FPR and rule, precision columns by prior and FPR. Full precision is
-  written "full", what is missing is empty. Rates are fractions in [0, 1].
+  TPR columns are named by FPR and rule, precision columns by prior and FPR, parts of an entry by
+  their path. Full precision is written "full", what is missing is empty. Rates are fractions in
+  [0, 1]. The ROC curves are left out.
   """
   leakage = [record for record in records if record["kind"] == "leakage"]
-  flat = [_flat(record) for record in leakage]
-  names = list(dict.fromkeys(name for row in flat for name in row))
+  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+  rows = [_flat(record) for record in leakage]
   out = io.StringIO()
+  names = list(dict.fromkeys(name for row in rows for name in row))
   writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
   writer.writeheader()
-  for _, row in sorted(
-    enumerate(flat), key=lambda i: (records_lib.order(records_lib.variant(leakage[i[0]])), i[0])
-  ):
-    writer.writerow(row)
+  writer.writerows(rows)
   return out.getvalue()
 
 
@@ -288,7 +288,7 @@ def escape_markdown(text: str) -> str:
 
 
 def _result_row(row: Row, fprs: Sequence[float], rule: str, headline: float | None) -> list[Cell]:
-  base = row.any
+  base = row.either
   cells = [*_variant_cells(row.variant), _number(base["test_accuracy"], 100.0, 1)]
   for attacker, record in zip(records_lib.ATTACKERS, row[1:], strict=True):
     if record is None:
@@ -397,7 +397,7 @@ def _scientific(value: Any) -> Cell:
 
 def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | None) -> list[str]:
   shown = [record for row in rows for record in row[1:] if record is not None]
-  notes = _interval_notes(shown)
+  notes = _interval_notes(shown, accuracy=True)
   if fpr is not None and any(row.matched and row.full_precision for row in rows):
     notes.append(
       f"Underestimate: TPR at {percent_words(fpr)} FPR with matched shadows minus with"
@@ -407,11 +407,19 @@ def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | Non
   return notes + _mark_notes(cells)
 
 
-def _interval_notes(leakage: Sequence[Record]) -> list[str]:
-  numbers = [r[name] for r in leakage for name in ("test_accuracy", "auc", "balanced_accuracy")]
-  numbers += [tpr for record in leakage for tpr in record["tpr"]]
-  names = sorted({n["interval"] for n in numbers if n.get("interval")})
-  return [f"Intervals: {'; '.join(names)}."] if names else []
+def _interval_notes(leakage: Sequence[Record], *, accuracy: bool = False) -> list[str]:
+  """What the intervals cover; that of test accuracy apart if it is shown and differs."""
+  rates = [r[name] for r in leakage for name in ("auc", "balanced_accuracy")]
+  rates += [tpr for record in leakage for tpr in record["tpr"]]
+  words = _interval_names(rates)
+  of_accuracy = _interval_names([r["test_accuracy"] for r in leakage]) if accuracy else ""
+  if of_accuracy and of_accuracy != words:
+    words = "; ".join(filter(None, (words, f"test accuracy: {of_accuracy}")))
+  return [f"Intervals: {words}."] if words else []
+
+
+def _interval_names(numbers: Sequence[Record]) -> str:
+  return " or ".join(sorted({n["interval"] for n in numbers if n.get("interval")}))
 
 
 def _left_out_notes(left_out: Sequence[float]) -> list[str]:
@@ -451,7 +459,7 @@ def _widths(table: Table, width: int) -> list[int]:
   flexible = [i for i, column in enumerate(table.columns) if column.words]
   while flexible and sum(widths) + 2 * (len(widths) - 1) > width:
     widest = max(flexible, key=lambda i: widths[i])
-    if widths[widest] <= _NARROWEST:
+    if widths[widest] <= 8:
       break
     widths[widest] -= 1
   return widths
@@ -530,33 +538,37 @@ def _pipes(parts: Sequence[str]) -> str:
 
 
 def _flat(record: Record) -> dict[str, Any]:
+  """A leakage record as one line of a CSV."""
+  which = records_lib.variant(record)
   flat = {
-    "method": record["method"],
-    "levels": "full" if record["levels"] is None else record["levels"],
-    "bits": records_lib.bits(record["levels"]),
-    "last_layer_levels": "full"
-    if record["last_layer_levels"] is None
-    else record["last_layer_levels"],
+    "method": which.method,
+    "levels": which.levels or "full",
+    "bits": records_lib.bits(which.levels),
+    "last_layer_levels": which.last_layer_levels or "full",
+    "attacker": record["attacker"],
+    "attack": record["attack"],
+    "members": record.get("members", "all"),
   }
-  plain = ("attacker", "attack", "members", "bits_per_weight", "size_kb", "num_targets",
-           "num_members", "num_non_members")  # fmt: skip
-  flat |= {name: record.get(name, "all" if name == "members" else None) for name in plain}
+  for name in ("bits_per_weight", "size_kb", "num_targets", "num_members", "num_non_members"):
+    flat[name] = record[name]
   for name in ("test_accuracy", "auc", "balanced_accuracy"):
-    flat |= _flat_number(name, record[name])
+    flat |= _flat_entry(name, record[name])
   for entry in record["tpr"]:
-    name = f"tpr_at_{entry['fpr']:g}" + (f"_{entry['rule']}" if "rule" in entry else "")
-    flat |= _flat_number(name, entry)
-    flat[f"{name}_false_positives"] = entry.get("false_positives")
+    rule = f"_{entry['rule']}" if "rule" in entry else ""
+    flat |= _flat_entry(f"tpr_at_{entry['fpr']:g}{rule}", entry, known=("fpr", "rule"))
   for entry in record.get("precision", ()):
-    flat |= _flat_number(f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}", entry)
+    name = f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}"
+    flat |= _flat_entry(name, entry, known=("fpr", "prior"))
   return {name: "" if value is None else value for name, value in flat.items()}
 
 
-def _flat_number(name: str, number: Record) -> dict[str, Any]:
-  low, high = records_lib.bounds_of(number)
-  return {
-    name: records_lib.value_of(number),
-    f"{name}_low": low,
-    f"{name}_high": high,
-    f"{name}_interval": number.get("interval"),
-  }
+def _flat_entry(name: str, entry: Record, known: Sequence[str] = ()) -> dict[str, Any]:
+  """The parts of an entry by path; a number's value has the path of the number itself."""
+  flat = {}
+  for part, value in entry.items():
+    path = name if part == "value" else f"{name}_{part}"
+    if isinstance(value, Mapping):
+      flat |= _flat_entry(path, value)
+    elif part not in known:
+      flat[path] = records_lib.plain(value)
+  return flat

@@ -20,6 +20,9 @@ def test_draw_makes_what_the_records_allow(example):
   assert list(figures.draw([example.run()])) == []
   assert list(figures.draw([example.leakage(curve=None)])) == ["privacy_utility"]
   assert list(figures.draw([example.leakage(tpr=[])])) == ["roc"]
+  exposure = next(record for record in example.audit() if record["kind"] == "exposure")
+  assert list(figures.draw([exposure])) == ["exposure_overlap"]
+  assert list(figures.draw([exposure | {"method": "none"}])) == []
 
 
 def test_drawing_leaves_no_global_state(example):
@@ -34,6 +37,7 @@ def test_roc_has_a_panel_per_method_and_a_line_per_width_and_attacker(example):
   assert [axes.get_title("left") for axes in figure.axes] == ["AdaRound", "OBC"]
   for axes in figure.axes:
     assert len(axes.get_lines()) == 1 + 1 + 3 * 2  # chance, full precision, widths x attackers
+    assert [line.get_linestyle() for line in axes.get_lines()[2:]] == ["--", "-"] * 3
     assert axes.get_xscale() == axes.get_yscale() == "log"
   legend = [text.get_text() for text in figure.legends[0].get_texts()]
   assert legend[:4] == ["full precision", "4 bit", "2 bit", "1.58 bit"]

@@ -35,7 +35,15 @@ def test_results_show_both_attackers_side_by_side(example):
   assert cell(table, 1, "under-\nestimate").mark == ""
   assert cell(table, 0, "AUC", MATCHED).text == tables.SAME
   assert cell(table, 0, "under-\nestimate").text == tables.MISSING
-  assert any("95 %" in note for note in table.notes)
+  assert table.notes[0] == "Intervals: bootstrap over examples and models, 95 %."
+
+
+def test_notes_say_what_the_intervals_cover(example):
+  accuracy = records.number(0.7, 0.6, 0.8, interval="t-interval over targets, 95 %")
+  found = [example.leakage(test_accuracy=accuracy)]
+  rates = "Intervals: bootstrap over examples and models, 95 %"
+  assert tables.results(found).notes[0] == f"{rates}; test accuracy: {accuracy['interval']}."
+  assert tables.attacks(found).notes[0] == f"{rates}."
 
 
 def test_overlapping_intervals_are_marked(example):
@@ -148,6 +156,19 @@ def test_csv_is_long_and_exact(example):
   assert int(line["tpr_at_0.001_at_most_false_positives"]) == 25
   assert float(line["precision_prior_0.5_fpr_0.01"]) == record["precision"][0]["value"]
   assert line["bits"] == "1.58"
+
+
+def test_csv_has_the_parts_of_an_entry(example):
+  entry = example.rate(0.1, fpr=0.01, rule="below", total_false_positives=40) | {
+    "over_targets": records.number(0.1, 0.05, 0.15),
+    "transferred": {"tpr": records.number(0.09), "fpr": records.number(0.011)},
+  }
+  [line] = csv.DictReader(io.StringIO(tables.to_csv([example.leakage(tpr=[entry])])))
+  name = "tpr_at_0.01_below"
+  assert line[f"{name}_total_false_positives"] == "40"
+  assert line[f"{name}_over_targets_low"] == "0.05"
+  assert line[f"{name}_transferred_fpr"] == "0.011"
+  assert f"{name}_rule" not in line
 
 
 def test_csv_leaves_missing_numbers_empty(example):
