@@ -40,6 +40,12 @@ class Schedule(NamedTuple):
   """Share of the steps without the rounding term."""
   beta_start: float = 20.0
   beta_end: float = 2.0
+  decay_rates: tuple[float, float] = (0.9, 0.999)
+  """Of Adam's averages of gradients and of their squares."""
+
+  def optimizer(self) -> optax.GradientTransformation:
+    """Adam on alpha."""
+    return optax.adam(self.learning_rate, *self.decay_rates)
 
 
 class Problem(NamedTuple):
@@ -95,7 +101,7 @@ def minimize(
   """
   check_stop(stop)
   alphas = jax.vmap(_initial_alphas)(problems.weights, problems.grids)
-  optimizer_state = jax.vmap(optax.adam(schedule.learning_rate).init)(alphas)
+  optimizer_state = jax.vmap(schedule.optimizer().init)(alphas)
   num = len(keys)
   state = _State(alphas, optimizer_state, jnp.zeros(num, jnp.int32), jnp.zeros(num, bool))
   first = 0
@@ -218,7 +224,7 @@ def _all_decided(alphas):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
 def _advance(run, schedule, count, problems, keys, state, first):
   """`count` steps of every problem; those that are done stay as they are."""
-  optimizer = optax.adam(schedule.learning_rate)
+  optimizer = schedule.optimizer()
 
   def one_step(problem, key, state, i):
     step = first + i + 1
