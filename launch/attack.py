@@ -19,8 +19,6 @@ from ptq_jax import settings, storage
 from ptq_jax.attack import guards, protocol
 from ptq_jax.data import duplicates
 from ptq_jax.metrics import intervals, leakage
-from ptq_jax.models import units
-from ptq_jax.quantize import plan
 from ptq_jax.report import records
 from ptq_jax.report.records import Variant
 
@@ -50,10 +48,12 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> list[dict]:
   """Leakage records of one variant, for both attackers, and the records of its units."""
   options, is_full = audit.config.attack, variant == FULL_PRECISION
   own = full if is_full else scores_of(audit, variant)
-  common = {**variant._asdict(), **storage_of(audit, variant)}
-  common["test_accuracy"] = intervals.over_targets(
-    own["target_accuracy"], confidence=options.confidence
-  )._asdict()
+  accuracy = intervals.over_targets(own["target_accuracy"], confidence=options.confidence)
+  common = variant._asdict() | {
+    "bits_per_weight": own["bits_per_weight"].mean(),
+    "size_kb": own["size_kb"].mean(),
+    "test_accuracy": accuracy._asdict(),
+  }
   targets = audit.members.get("targets", audit.members["shadows"])
   found = []
   for attacker, shadows in {"full_precision": full, "matched": own}.items():
@@ -105,22 +105,9 @@ def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
     "target_scores": targets["scores"],
     "shadow_accuracy": shadows["accuracy"],
     "target_accuracy": targets["accuracy"],
+    "bits_per_weight": targets["bits_per_weight"],
+    "size_kb": targets["size_kb"],
   }
-
-
-def storage_of(audit: Audit, variant: Variant) -> dict[str, float]:
-  """Bits per weight and kilobytes of one model in a variant."""
-  shapes = jax.eval_shape(
-    lambda: audit.model.init(
-      jax.random.key(0), np.zeros((1, *audit.dataset.image_shape), np.float32)
-    )
-  )
-  layers = units.layers(audit.model, shapes, np.zeros((1, *audit.dataset.image_shape), np.float32))
-  chosen = plan.make(
-    layers, levels=variant.levels, last_layer_levels=variant.last_layer_levels or plan.FULL
-  )
-  del chosen
-  return {"bits_per_weight": 32.0, "size_kb": 0.0}
 
 
 def unit_records(audit: Audit, variant: Variant) -> list[dict]:

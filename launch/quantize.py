@@ -17,7 +17,7 @@ from launch.workdir import Audit, Chunk, open_audit
 from ptq_jax import settings, trees
 from ptq_jax.data import augment
 from ptq_jax.models import units
-from ptq_jax.quantize import METHODS, plan
+from ptq_jax.quantize import METHODS, pack, plan
 from ptq_jax.report.records import Variant
 
 
@@ -65,9 +65,13 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
       keys, audit.model, variables, images, plans=plans, **options
     )
     for index, variant in enumerate(mine):
-      audit.save_scores(
-        variant, chunk, trees.take(quantized, index), calibration=ids, **unit_arrays(info, index)
-      )
+      grids = {
+        path: trees.take(grid, index) for record in info for path, grid in record.grids.items()
+      }
+      packed = pack.pack(trees.take(quantized, index), grids)
+      pack.save(audit.quantized_path(variant, chunk), packed)
+      units_done = unit_arrays(info, index)
+      audit.save_scores(variant, chunk, packed, calibration=ids, **units_done)
       progress.advance(len(chunk), f"{chunk.name}, {method}")
 
 

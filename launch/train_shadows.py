@@ -17,6 +17,7 @@ from launch.progress import Progress
 from launch.workdir import FULL_PRECISION, Audit, Chunk, open_audit
 from ptq_jax import settings, storage
 from ptq_jax.data import membership
+from ptq_jax.quantize import pack
 from ptq_jax.train import fit, shadows
 
 
@@ -37,7 +38,7 @@ def train(audit: Audit) -> None:
   with audit.timed("train_shadows"), Progress("train_shadows", total, done=done) as progress:
     for chunk in pending:
       variables = train_chunk(audit, chunk, progress)
-      audit.save_scores(FULL_PRECISION, chunk, variables)
+      audit.save_scores(FULL_PRECISION, chunk, pack.pack(variables, {}))
 
 
 def train_chunk(audit: Audit, chunk: Chunk, progress: Progress):

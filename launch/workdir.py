@@ -3,7 +3,7 @@
     config.json         the config and the fingerprint of the data, to recognise a foreign workdir
     membership.npz      members bool[M, E], target_members bool[T, E]
     models/CHUNK/       Orbax checkpoints of some models, stacked
-    scores/VARIANT/     CHUNK.npz: scores float32[m, E, V] and test accuracy[m] of those models
+    scores/VARIANT/     CHUNK.npz: scores float32[m, E, V], test accuracy[m], size of those models
     quantized/VARIANT/  CHUNK.npz: their integer codes, grids and full-precision rest
     results.jsonl ...   what `attack` and `report` make of the scores
 
@@ -26,7 +26,7 @@ from ptq_jax import models, settings, storage
 from ptq_jax.attack import confidence
 from ptq_jax.data import augment, batches, load, membership
 from ptq_jax.models import predict
-from ptq_jax.quantize import METHODS, grid
+from ptq_jax.quantize import METHODS, grid, pack
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer
 
@@ -106,6 +106,12 @@ class Audit:
     rows, quantize, attack = self.members["shadows"], self.config.quantize, self.config.attack
     members = rows.sum(axis=1).min()
     assert self.recipe  # made here, so that a bad model or optimizer is known now
+    needed = 4 if "targets" in self.members else 6
+    if len(rows) < needed:
+      raise ValueError(
+        f"train.models is {len(rows)}; LiRA needs two shadows that trained on an example and two "
+        f"that did not, so here at least {needed} models."
+      )
     for augmentation in (self.config.queries.augmentation, quantize.calibration_augmentation):
       augment.make(tuple(augmentation))
     if self.config.queries.views < 1:
@@ -228,16 +234,19 @@ class Audit:
       predict.predictor(self.model, prepare=plain, reduce=predict.is_correct),
     )
 
-  def save_scores(self, variant: Variant, chunk: Chunk, variables, **more) -> None:
-    """Runs stacked models over the pool's views and the test images, and writes what comes out."""
+  def save_scores(self, variant: Variant, chunk: Chunk, packed: pack.Packed, **more) -> None:
+    """Runs packed models over the pool's views and the test images, and writes what comes out."""
     attack_scores, correct = self._predictors
     data, batch_size = self.dataset, self.config.queries.batch_size
+    variables, size = pack.unpack(packed), pack.size(packed)
     scores = attack_scores(variables, data.train_images, data.train_labels, batch_size=batch_size)
     accuracy = correct(variables, data.test_images, data.test_labels, batch_size=batch_size)
     storage.save_arrays(
       self.scores_path(variant, chunk),
       scores=scores.astype(np.float32),
       accuracy=accuracy.mean(axis=(1, 2)),
+      bits_per_weight=np.full(len(chunk), size.bits_per_weight),
+      size_kb=np.full(len(chunk), size.total / len(chunk) / 1000),
       **more,
     )
 
@@ -258,7 +267,7 @@ class Audit:
     return {
       name: np.concatenate([part[name] for part in parts])
       for name in parts[0]
-      if not name.startswith("unit")
+      if not name.startswith("unit_")
     }
 
   def add_seconds(self, stage: str, seconds: float) -> None:
