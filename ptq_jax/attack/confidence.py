@@ -7,7 +7,7 @@ import numpy as np
 from ptq_jax.base import ArrayLike, Float, Int
 
 LOG_FLOOR = np.log(1e-45)
-"""Added inside both logarithms by the public code: scores lie in about [-103.3, 103.3]."""
+"""Added inside both logarithms by the public code: scores lie within 103.7 of zero."""
 
 
 def logit_scaled(

@@ -218,7 +218,7 @@ def _score_one(variant, targets, sides, deviations):
   ]
   log_spread_in, log_spread_out = [jnp.log(spread + MIN_DEVIATION) for spread in spreads]
   if variant.side == "online":
-    scores = (jnp.square(z_out) - jnp.square(z_in)) / 2 + log_spread_out - log_spread_in
+    scores = (z_out - z_in) * (z_out + z_in) / 2 + log_spread_out - log_spread_in
   elif variant.tail == "cdf":
     scores = -jax.scipy.stats.norm.logsf(z_out)
   else:

@@ -12,6 +12,7 @@ import numpy as np
 from ptq_jax.base import ArrayLike, Bool, Float
 
 Rule = Literal["at_most", "below"]
+RULES: tuple[Rule, ...] = ("at_most", "below")
 """Which vertices count at a false-positive rate: "at_most" (<=), or "below" (<, as the paper)."""
 
 

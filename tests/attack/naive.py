@@ -1,0 +1,69 @@
+"""The attacks as plain loops over examples and views, from the formulas."""
+
+import numpy as np
+from scipy import stats
+
+
+def lira(shadow_scores, shadow_members, target_scores, variant):
+  """One target: float64[E]. `variant` as `lira.Variant`."""
+  side, variance, tail, center = variant
+  shadow_scores = np.asarray(shadow_scores, np.float64)
+  num_examples, num_views = target_scores.shape
+  middle = np.median if center == "median" else np.mean
+
+  def group(inside, e, v):
+    return shadow_scores[shadow_members[:, e] == inside, e, v]
+
+  def shared_spread(inside):
+    groups = [group(inside, e, v) for e in range(num_examples) for v in range(num_views)]
+    if variance == "reference":
+      return np.std(np.concatenate(groups))
+    return np.sqrt(np.average([np.var(g) for g in groups], weights=[len(g) for g in groups]))
+
+  if variance != "per_example":
+    shared = {inside: shared_spread(inside) for inside in (True, False)}
+  scores = np.zeros((num_examples, num_views))
+  for e in range(num_examples):
+    for v in range(num_views):
+      spread = [
+        np.std(group(inside, e, v)) if variance == "per_example" else shared[inside]
+        for inside in (True, False)
+      ]
+      if variance == "reference" and side == "online":
+        spread[1] = spread[0]
+      centers = [middle(group(inside, e, v)) for inside in (True, False)]
+      outside = stats.norm(centers[1], spread[1] + 1e-30)
+      if side == "online":
+        inside = stats.norm(centers[0], spread[0] + 1e-30)
+        scores[e, v] = inside.logpdf(target_scores[e, v]) - outside.logpdf(target_scores[e, v])
+      elif tail == "density":
+        scores[e, v] = -outside.logpdf(target_scores[e, v])
+      else:
+        scores[e, v] = -outside.logsf(target_scores[e, v])
+  return scores.mean(axis=1)
+
+
+def rmia(shadow_scores, shadow_members, target_scores, *, side, population, gamma, offline_a):
+  """One target: float64[E]; `population` is (shadow scores [M, Z, V], members [M, Z], target)."""
+
+  def probability(scores):
+    return 1 / (1 + np.exp(-np.asarray(scores, np.float64)))
+
+  def ratio(shadows, members, target, e, v):
+    inside, outside = [probability(shadows[members[:, e] == m, e, v]) for m in (True, False)]
+    if side == "offline":
+      typical = ((1 + offline_a) * outside.mean() + 1 - offline_a) / 2
+    elif len(inside):
+      typical = (inside.mean() + outside.mean()) / 2
+    else:
+      typical = outside.mean()
+    return probability(target[e, v]) / typical
+
+  num_examples, num_views = target_scores.shape
+  scores = np.zeros((num_examples, num_views))
+  for v in range(num_views):
+    others = [ratio(*population, z, v) for z in range(population[2].shape[0])]
+    for e in range(num_examples):
+      own = ratio(shadow_scores, shadow_members, target_scores, e, v)
+      scores[e, v] = np.mean([own / other >= gamma for other in others])
+  return scores.mean(axis=1)

@@ -1,0 +1,58 @@
+"""Exposure per example: averages, ranking, overlap of exposed sets."""
+
+import numpy as np
+import pytest
+
+from ptq_jax.attack import exposure
+
+
+def test_averages_match_a_loop():
+  rng = np.random.default_rng(0)
+  scores, members = rng.normal(size=(5, 12)), rng.random((5, 12)) < 0.5
+  members[:, 0], members[:, 1] = True, False
+  result = exposure.per_example(scores, members)
+  for e in range(12):
+    for value, inside in ((result.when_member[e], True), (result.when_non_member[e], False)):
+      chosen = scores[members[:, e] == inside, e]
+      if len(chosen):
+        assert value == pytest.approx(chosen.mean())
+      else:
+        assert np.isnan(value)
+  np.testing.assert_array_equal(result.times_member, members.sum(axis=0))
+  order = exposure.ranking(result)
+  assert order[-1] == 1  # never a member
+  assert (np.diff(result.when_member[order[:-1]]) <= 0).all()
+
+
+def test_overlap_of_known_sets():
+  def exposed(values):
+    return exposure.per_example(np.array([values]), np.ones((1, len(values)), bool))
+
+  rising, falling = exposed([0.0, 1.0, 2.0, 3.0, 4.0]), exposed([4.0, 3.0, 2.0, 1.0, 0.0])
+  assert exposure.jaccard(rising, rising, top=2) == 1.0
+  assert exposure.jaccard(rising, falling, top=2) == 0.0
+  assert exposure.jaccard(rising, falling, top=3) == pytest.approx(1 / 5)
+  assert exposure.jaccard(rising, falling, top=5) == 1.0
+  for top in (0, 6):
+    with pytest.raises(ValueError, match=f"top is {top}"):
+      exposure.jaccard(rising, falling, top=top)
+
+
+def test_split_halves_tell_signal_from_noise(key):
+  rng = np.random.default_rng(0)
+  members = rng.random((12, 300)) < 0.5
+  noise = rng.normal(size=(12, 300))
+  signal = 20 * rng.normal(size=(1, 300))
+  repeatable = exposure.split_half_jaccard(key, noise + signal, members, top=30)
+  chance = exposure.split_half_jaccard(key, noise, members, top=30)
+  assert repeatable > 0.8
+  assert chance == pytest.approx(30 / (600 - 30), abs=0.04)
+  with pytest.raises(ValueError, match="two halves"):
+    exposure.split_half_jaccard(key, noise[:1], members[:1], top=3)
+
+
+def test_scores_must_be_finite():
+  members = np.ones((2, 3), bool)
+  for bad in (np.nan, np.inf):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+      exposure.per_example(np.full((2, 3), bad), members)

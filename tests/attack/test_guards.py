@@ -1,0 +1,46 @@
+"""Guard rails speak when they should, and only then."""
+
+import numpy as np
+import pytest
+
+from ptq_jax.attack import guards
+
+
+def test_accuracy_margin():
+  shadows = np.array([0.9, 0.92])
+  assert guards.accuracy_mismatch(shadows, np.array([0.895, 0.9])) is None
+  message = guards.accuracy_mismatch(shadows, np.array([0.80]))
+  assert "91.0%" in message
+  assert "80.0%" in message
+  assert guards.accuracy_mismatch(shadows, np.array([0.80]), margin=0.2) is None
+
+
+def test_rates_that_cannot_be_resolved():
+  assert guards.too_few_non_members(1000, [0.01, 0.001]) is None
+  message = guards.too_few_non_members(999, [0.01, 0.001])
+  assert "999 non-members" in message
+  assert "0.100%" in message
+  assert "1000 non-members would do" in message
+  assert guards.few_false_positives(10, fpr=0.01) is None
+  assert "rests on 9 false" in guards.few_false_positives(9, fpr=0.01)
+
+
+def test_balanced_membership_without_pairs():
+  half = np.array([[1, 0, 1, 0], [1, 1, 0, 0]], bool)
+  pairs = np.stack([half, ~half], axis=1).reshape(4, 4)
+  assert guards.unbalanced_leave_one_out(pairs) is None
+  assert "exactly 2 members among 4" in guards.unbalanced_leave_one_out(pairs[[0, 2, 1, 3]])
+  assert guards.unbalanced_leave_one_out(np.eye(4, dtype=bool)[:3]) is None
+
+
+def test_shadow_count():
+  guards.check_shadow_count(4, expected=4)
+  with pytest.raises(ValueError, match="scores of 3 shadows, but 4 are configured"):
+    guards.check_shadow_count(3, expected=4)
+
+
+def test_auditable_examples():
+  members = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
+  np.testing.assert_array_equal(guards.auditable(members), [False, True, False])
+  np.testing.assert_array_equal(guards.auditable(members, needed=1), [True, True, True])
+  assert not guards.auditable(members, left_out=1).any()
