@@ -313,7 +313,8 @@ def _eliminate(widths, inverse, weights, owner, grid):
       return result
     keep = _first_true(~state.finished, left)
     if current is None:
-      current = inverse.matrix[owner[:, None, None], keep[:, :, None], keep[:, None, :]]
+      corners = (owner[:, None, None], keep[:, :, None], keep[:, None, :])
+      current = inverse.matrix.at[corners].get(mode="promise_in_bounds")
     else:
       current = _take(_take(current, keep[:, :, None], 1), keep[:, None, :], 2)
     factors = _take(state.factors, keep[:, None, :], 2)
@@ -364,8 +365,8 @@ def _take_row(matrices, j):
 
 def _take_shared_row(matrices, owner, j):
   """Row j of the matrix that each row belongs to: [matrices, R, R] -> [rows, R]."""
-  return matrices[owner, j]
+  return matrices.at[owner, j].get(mode="promise_in_bounds")
 
 
 def _take(array, indices, axis):
-  return jnp.take_along_axis(array, indices, axis=axis)
+  return jnp.take_along_axis(array, indices, axis=axis, mode="promise_in_bounds")

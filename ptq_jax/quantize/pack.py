@@ -1,0 +1,296 @@
+"""Quantized variables as integer codes in as few bytes as they need, and as one file.
+
+2 levels take 1 bit, 3 levels a fifth of a byte (3^5 = 243 <= 256), 4 levels 2 bits, up to 16 levels
+4 bits, up to 256 a byte. `unpack` gives back the exact same variables, bit by bit: packing checks
+that every weight is `grid.dequantize` of its code.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import trees
+from ptq_jax.base import ArrayLike, Int, UInt8, Variables
+from ptq_jax.quantize import grid as grids
+from ptq_jax.quantize.grid import Grid
+
+FORMAT = 1
+"""Version of the file format."""
+
+TRITS = 3 ** np.arange(5)
+"""Weights of the five codes in a byte of three levels."""
+
+
+class Kernel(NamedTuple):
+  """The kernel of one layer as codes; of one model, or of models stacked along leading axes."""
+
+  codes: UInt8[np.ndarray, " bytes"]
+  """Codes in the order of the flattened kernel; see `to_bytes`."""
+  scale: np.ndarray
+  """Broadcastable against the kernel, float."""
+  zero_point: np.ndarray
+  """As the scale, in the smallest integer type that holds it."""
+  levels: int
+  shape: tuple[int, ...]
+  dtype: str
+  """Of the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """Quantized variables: codes where there are some, everything else as it is."""
+
+  kernels: Mapping[str, Kernel]
+  """By path of the kernel in the variables, "params/stem/conv/kernel"."""
+  rest: Mapping[str, np.ndarray]
+  """Leaves in full precision, by path."""
+
+
+class Size(NamedTuple):
+  """True bytes of packed variables, of all models in it together."""
+
+  codes: int
+  grids: int
+  """Scales and zero points."""
+  full_kernels: int
+  """Kernels that stay in full precision."""
+  other: int
+  """Biases, batch normalisation and whatever else is no kernel."""
+  num_weights: int
+  """Entries of all kernels, quantized or not."""
+
+  @property
+  def total(self) -> int:
+    """All bytes."""
+    return self.codes + self.grids + self.full_kernels + self.other
+
+  @property
+  def bits_per_weight(self) -> float:
+    """Bits that the kernels take with their grids, per weight."""
+    return 8 * (self.codes + self.grids + self.full_kernels) / max(self.num_weights, 1)
+
+
+def pack(variables: Variables, grids_by_layer: Mapping[str, Grid]) -> Packed:
+  """Codes of quantized variables.
+
+  Args:
+    variables: of one model, or stacked along leading axes.
+    grids_by_layer: by layer path, "stem/conv"; scale and zero point broadcastable against the
+      kernel, levels one number (or an array of equal ones), 0 for full precision. This is what the
+      `grids` of all records of a method hold, joined.
+  Raises:
+    ValueError: a layer that is not there, levels that differ, or a kernel that is not on its grid.
+  """
+  leaves = trees.flatten(variables)
+  kernels = {}
+  for layer, grid in grids_by_layer.items():
+    path = f"params/{layer}/kernel"
+    if path not in leaves:
+      raise ValueError(f"there is a grid for layer {layer!r}, but no {path!r} in the variables.")
+    levels = np.unique(np.asarray(grid.levels))
+    if len(levels) != 1:
+      raise ValueError(f"layer {layer!r} has grids of {levels.tolist()} levels; pack them apart.")
+    if levels[0]:
+      kernels[path] = _pack_kernel(path, leaves[path], grid._replace(levels=int(levels[0])))
+  rest = {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in kernels}
+  return Packed(kernels, rest)
+
+
+def unpack(packed: Packed) -> Variables:
+  """The variables that were packed, bit by bit, as JAX arrays."""
+  kernels = {path: _unpack_kernel(kernel) for path, kernel in packed.kernels.items()}
+  return trees.unflatten(kernels | {path: jnp.asarray(leaf) for path, leaf in packed.rest.items()})
+
+
+def size(packed: Packed) -> Size:
+  """True bytes, without the few of the file format."""
+  full = [leaf for path, leaf in packed.rest.items() if path.endswith("/kernel")]
+  kernels = packed.kernels.values()
+  return Size(
+    codes=sum(kernel.codes.nbytes for kernel in kernels),
+    grids=sum(kernel.scale.nbytes + kernel.zero_point.nbytes for kernel in kernels),
+    full_kernels=sum(leaf.nbytes for leaf in full),
+    other=sum(leaf.nbytes for leaf in packed.rest.values()) - sum(leaf.nbytes for leaf in full),
+    num_weights=sum(math.prod(k.shape) for k in kernels) + sum(leaf.size for leaf in full),
+  )
+
+
+def save(path: pathlib.Path | str, packed: Packed) -> None:
+  """Writes one .npz file, whole or not at all."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with temporary.open("wb") as file:
+      np.savez(file, **to_arrays(packed))
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def load(path: pathlib.Path | str) -> Packed:
+  """Reads what `save` wrote.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is damaged or not such a file.
+  """
+  with _readable(path), np.load(path, allow_pickle=False) as file:
+    return from_arrays({name: file[name] for name in file.files})
+
+
+def to_arrays(packed: Packed) -> dict[str, np.ndarray]:
+  """Packed variables as named plain arrays, for an .npz file of one's own."""
+  arrays, index = {}, {"format": FORMAT, "kernels": {}, "rest": {}}
+  for path, kernel in packed.kernels.items():
+    arrays |= {f"{path}:{name}": getattr(kernel, name) for name in ("codes", "scale", "zero_point")}
+    index["kernels"][path] = {name: getattr(kernel, name) for name in ("levels", "shape", "dtype")}
+  for path, leaf in packed.rest.items():
+    arrays[path] = _plain(leaf)
+    index["rest"][path] = str(leaf.dtype)
+  return arrays | {"index": np.array(json.dumps(index))}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Packed:
+  """Inverse of `to_arrays`.
+
+  Raises:
+    ValueError: if something is missing or does not fit.
+  """
+  if "index" not in arrays:
+    raise ValueError("these arrays are no packed variables: there is no index.")
+  index = json.loads(str(arrays["index"]))
+  if index.get("format") != FORMAT:
+    raise ValueError(f"packed variables of format {index.get('format')}; this reads {FORMAT}.")
+  try:
+    kernels = {
+      path: Kernel(
+        *(arrays[f"{path}:{name}"] for name in ("codes", "scale", "zero_point")),
+        facts["levels"],
+        tuple(facts["shape"]),
+        facts["dtype"],
+      )
+      for path, facts in index["kernels"].items()
+    }
+    rest = {path: arrays[path].view(jnp.dtype(dtype)) for path, dtype in index["rest"].items()}
+  except KeyError as missing:
+    raise ValueError(f"the packed variables lack {missing}.") from missing
+  for path, kernel in kernels.items():
+    if len(kernel.codes) != num_code_bytes(math.prod(kernel.shape), levels=kernel.levels):
+      raise ValueError(f"the codes of {path!r} have {len(kernel.codes)} bytes, which do not fit.")
+  return Packed(kernels, rest)
+
+
+def num_code_bytes(num_weights: int, *, levels: int) -> int:
+  """Bytes that `to_bytes` makes of so many codes."""
+  grids.check_levels(levels)
+  return math.ceil(num_weights / (5 if levels == 3 else 8 // _bits(levels)))
+
+
+def to_bytes(codes: Int[ArrayLike, "..."], *, levels: int) -> UInt8[np.ndarray, " bytes"]:
+  """Codes in [0, levels), flattened, several to a byte, the first in the lowest digits.
+
+  Raises:
+    ValueError: codes outside [0, levels).
+
+  >>> to_bytes(np.array([1, 2, 0, 0, 1, 2]), levels=3)  # 1 + 2 * 3 + 1 * 81, and 2
+  array([88,  2], dtype=uint8)
+  """
+  flat = np.asarray(codes).reshape(-1)
+  if flat.size and (flat.min() < 0 or flat.max() >= levels):
+    raise ValueError(f"codes must be in [0, {levels}), got {flat.min()} to {flat.max()}.")
+  weights = _digits(levels)
+  filled = np.zeros(num_code_bytes(flat.size, levels=levels) * len(weights), np.uint16)
+  filled[: flat.size] = flat
+  return (filled.reshape(-1, len(weights)) @ weights.astype(np.uint16)).astype(np.uint8)
+
+
+def from_bytes(
+  packed: UInt8[np.ndarray, " bytes"], num_weights: int, *, levels: int
+) -> Int[np.ndarray, " num_weights"]:
+  """Inverse of `to_bytes`.
+
+  Raises:
+    ValueError: too few or too many bytes, or a byte that no codes give.
+  """
+  expected = num_code_bytes(num_weights, levels=levels)
+  if len(packed) != expected:
+    raise ValueError(
+      f"{num_weights} codes of {levels} levels need {expected} bytes, got {len(packed)}."
+    )
+  base = 3 if levels == 3 else 2 ** _bits(levels)
+  codes = packed[:, None] // _digits(levels).astype(np.uint8) % base
+  codes = codes.reshape(-1)[:num_weights].astype(np.int32)
+  if codes.size and (codes.max() >= levels or (levels == 3 and packed.max() >= 3**5)):
+    raise ValueError(f"the bytes hold codes outside [0, {levels}); they are damaged.")
+  return codes
+
+
+def _bits(levels: int) -> int:
+  """Bits of a code, dividing 8."""
+  return next(bits for bits in (1, 2, 4, 8) if levels <= 2**bits)
+
+
+def _digits(levels: int) -> np.ndarray:
+  """What a one is worth at each place of a byte."""
+  return TRITS if levels == 3 else 2 ** np.arange(0, 8, _bits(levels))
+
+
+def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
+  """Codes of one kernel."""
+  codes = np.asarray(grids.codes(weights, grid))
+  weights, zero_point = np.asarray(weights), np.asarray(grid.zero_point)
+  integer = np.result_type(
+    *(np.min_scalar_type(int(end)) for end in (zero_point.min(), zero_point.max()))
+  )
+  kernel = Kernel(
+    to_bytes(codes, levels=grid.levels),
+    np.asarray(grid.scale),
+    zero_point.astype(integer),
+    grid.levels,
+    weights.shape,
+    str(weights.dtype),
+  )
+  bits = f"u{weights.dtype.itemsize}"
+  same = np.asarray(_unpack_kernel(kernel)).view(bits) == weights.view(bits)
+  if not same.all():
+    raise ValueError(
+      f"{np.sum(~same)} of {weights.size} weights of {path!r} are not on the grid; "
+      "pack what a quantizer returned, with the grids in its records."
+    )
+  return kernel
+
+
+def _unpack_kernel(kernel: Kernel):
+  """Weights of one kernel."""
+  codes = from_bytes(kernel.codes, math.prod(kernel.shape), levels=kernel.levels)
+  scale = jnp.asarray(kernel.scale)
+  grid = Grid(scale, jnp.asarray(kernel.zero_point).astype(scale.dtype), kernel.levels)
+  return grids.dequantize(codes.reshape(kernel.shape), grid).astype(jnp.dtype(kernel.dtype))
+
+
+def _plain(leaf: np.ndarray) -> np.ndarray:
+  """The array in a dtype that .npz knows: bfloat16 and its like as unsigned integers."""
+  return leaf.view(f"u{leaf.dtype.itemsize}") if leaf.dtype.kind == "V" else leaf
+
+
+@contextlib.contextmanager
+def _readable(path) -> Iterator[None]:
+  """Turns every way in which reading a damaged file fails into one ValueError."""
+  try:
+    yield
+  except FileNotFoundError:
+    raise
+  except (zipfile.BadZipFile, ValueError, EOFError, OSError, TypeError) as error:
+    raise ValueError(f"{path} is no readable file of packed variables ({error}).") from error
