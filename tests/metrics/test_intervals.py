@@ -1,0 +1,163 @@
+"""Bootstrap draws against explicit weights and known standard errors; intervals that cover."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from ptq_jax.metrics import intervals, roc
+
+LEVELS = tuple(intervals.Level(fpr, rule) for fpr in (0.2, 0.01) for rule in roc.RULES)
+
+
+def draw(rng, num_targets, num_examples, gap, *, decimals=6):
+  members = np.arange(num_examples) % 2 == rng.integers(0, 2, size=(num_targets, 1))
+  scores = rng.normal(size=(num_targets, num_examples)) + gap * members
+  return np.round(scores, decimals), members
+
+
+def test_measure_is_roc_per_target():
+  scores, members = draw(np.random.default_rng(0), 3, 50, 1.0)
+  values = intervals.measure(scores, members, levels=LEVELS)
+  for t, pair in enumerate(zip(scores, members, strict=True)):
+    assert values.auc[t] == roc.auc(*pair)
+    assert values.balanced_accuracy[t] == roc.balanced_accuracy(*pair)
+    for i, (fpr, rule) in enumerate(LEVELS):
+      assert values.tpr[t, i] == roc.tpr_at_fpr(*pair, fpr=fpr, rule=rule)
+
+
+@pytest.mark.parametrize("decimals", [6, 0])
+def test_resamples_are_the_metrics_of_repeated_examples(key, decimals, monkeypatch):
+  """Weights are counts: repeating each example so often gives the same metrics, ties and all."""
+  rng = np.random.default_rng(1)
+  scores, members = draw(rng, 2, 60, 1.0, decimals=decimals)
+  audited = rng.random((2, 60)) < 0.8
+  weights = rng.poisson(1.0, size=(60, 5)).astype(np.uint8)
+  monkeypatch.setattr(intervals, "_poisson_counts", lambda key, shape: weights)
+  draws = intervals.resample(key, scores, members, levels=LEVELS, num_resamples=5, audited=audited)
+  for r in range(5):
+    for t in range(2):
+      often = weights[:, r] * audited[t]
+      repeated = np.repeat(scores[t], often), np.repeat(members[t], often)
+      assert draws.auc[r, t] == pytest.approx(roc.auc(*repeated), abs=1e-6)
+      assert draws.balanced_accuracy[r, t] == pytest.approx(
+        roc.balanced_accuracy(*repeated), abs=1e-6
+      )
+      for i, (fpr, rule) in enumerate(LEVELS):
+        rate = roc.tpr_at_fpr(*repeated, fpr=fpr, rule=rule)
+        assert draws.tpr[r, t, i] == pytest.approx(rate, abs=1e-6)
+
+
+def test_counts_are_poisson(key):
+  counts = np.asarray(intervals._poisson_counts(key, (1000, 300)))
+  expected = stats.poisson(1).pmf(np.arange(6))
+  observed = np.bincount(counts.ravel(), minlength=6)[:6] / counts.size
+  np.testing.assert_allclose(observed, expected, atol=4 * np.sqrt(0.25 / counts.size))
+  assert counts.max() >= 6
+
+
+def test_spread_of_the_area_matches_delong(key):
+  scores, members = draw(np.random.default_rng(2), 1, 2000, 0.7)
+  draws = intervals.resample(key, scores, members, levels=(), num_resamples=800)
+  inside, outside = scores[members], scores[~members]
+  above = (inside[:, None] > outside[None]).astype(float)
+  error = np.sqrt(above.mean(1).var() / len(inside) + above.mean(0).var() / len(outside))
+  assert draws.auc.std() == pytest.approx(error, rel=0.1)
+  assert draws.tpr.shape == (800, 1, 0)
+
+
+def test_blocks_of_resamples_are_of_one_kind(key, monkeypatch):
+  scores, members = draw(np.random.default_rng(3), 2, 400, 0.7)
+  whole = intervals.resample(key, scores, members, levels=LEVELS, num_resamples=150)
+  monkeypatch.setattr(intervals, "BLOCK_ELEMENTS", 400 * 64)
+  parts = intervals.resample(key, scores, members, levels=LEVELS, num_resamples=150)
+  assert parts.tpr.shape == whole.tpr.shape == (150, 2, len(LEVELS))
+  assert len(np.unique(parts.auc[:, 0])) == 150  # no block repeats another
+  assert stats.ks_2samp(parts.auc[:, 0], whole.auc[:, 0]).pvalue > 1e-3
+
+
+def test_intervals_cover_the_truth():
+  """Known Gaussians, 100 studies: 95 % intervals hold the true AUC and TPR in most of them."""
+  gap, num_studies = 1.0, 100
+  truth = {"auc": stats.norm.cdf(gap / np.sqrt(2)), "tpr": stats.norm.sf(stats.norm.isf(0.2) - gap)}
+  scores, members = draw(np.random.default_rng(4), num_studies, 600, gap)
+  values = intervals.measure(scores, members, levels=LEVELS[:1])
+  draws = intervals.resample(
+    jax.random.key(5), scores, members, levels=LEVELS[:1], num_resamples=300
+  )
+  covered = {"auc": 0, "tpr": 0}
+  for t in range(num_studies):
+    one = slice(t, t + 1)
+    area = intervals.over_examples(values.auc[one], draws.auc[:, one])
+    rate = intervals.over_examples(values.tpr[one, 0], draws.tpr[:, one, 0])
+    covered["auc"] += area.low <= truth["auc"] <= area.high
+    covered["tpr"] += rate.low <= truth["tpr"] <= rate.high
+    assert area.low < area.value < area.high
+  assert 88 <= covered["auc"] <= 100  # 95 expected, two-sided 3 sigma
+  assert 88 <= covered["tpr"] <= 100
+
+
+def test_balanced_accuracy_lies_within_its_interval(key):
+  """The best threshold of a resample overshoots; plain percentiles would exclude the value."""
+  scores, members = draw(np.random.default_rng(6), 8, 300, 0.0)
+  values = intervals.measure(scores, members, levels=())
+  draws = intervals.resample(key, scores, members, levels=(), num_resamples=300)
+  value, draw_ = values.balanced_accuracy, draws.balanced_accuracy
+  assert np.quantile(draw_.mean(axis=1), 0.025) > value.mean()
+  interval = intervals.over_examples(value, draw_)
+  assert interval.low < interval.value < interval.high
+
+
+def test_models_that_differ_widen_the_interval_over_both(key):
+  members = np.broadcast_to(np.arange(400) % 2 == 0, (10, 400))
+  rng = np.random.default_rng(7)
+  gaps = np.linspace(0, 2, 10)[:, None]
+  scores = rng.normal(size=(10, 400)) + gaps * members
+  values = intervals.measure(scores, members, levels=())
+  draws = intervals.resample(key, scores, members, levels=(), num_resamples=400)
+  examples = intervals.over_examples(values.auc, draws.auc)
+  both = intervals.over_both(key, values.auc, draws.auc)
+  targets = intervals.over_targets(values.auc)
+  assert examples.value == both.value == pytest.approx(targets.value)
+  assert both.high - both.low > 2 * (examples.high - examples.low)
+  assert both.high - both.low == pytest.approx(targets.high - targets.low, rel=0.3)
+  names = [interval.interval for interval in (examples, both, targets)]
+  assert names == [
+    "bootstrap over examples, 95 %",
+    "bootstrap over examples and models, 95 %",
+    "t-interval over targets, 95 %",
+  ]
+
+
+def test_t_interval_against_scipy():
+  values = np.array([0.2, 0.25, 0.3, 0.22])
+  interval = intervals.over_targets(values, confidence=0.9)
+  low, high = stats.t.interval(0.9, 3, loc=values.mean(), scale=stats.sem(values))
+  assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
+  assert interval.interval == "t-interval over targets, 90 %"
+  assert intervals.over_targets(values[:1])[:3] == (0.2, 0.0, 1.0)
+
+
+def test_one_target_falls_back_and_says_so(key):
+  draws = np.linspace(0.4, 0.6, 101)[:, None]
+  both = intervals.over_both(key, np.array([0.5]), draws)
+  assert both == intervals.over_examples(np.array([0.5]), draws)
+  assert both.interval.startswith("bootstrap over examples,")
+
+
+def test_no_true_positive_gives_an_exact_upper_limit():
+  interval = intervals.over_examples(np.zeros(1), np.zeros((50, 1)), trials=750)
+  assert interval.low == 0
+  assert interval.high == pytest.approx(1 - 0.025 ** (1 / 750))
+  assert interval.interval == "exact binomial, 95 %"
+  assert intervals.over_examples(np.zeros(1), np.zeros((50, 1))).high == 0
+
+
+def test_bad_input_is_named(key):
+  scores, members = draw(np.random.default_rng(8), 2, 20, 1.0)
+  with pytest.raises(ValueError, match="num_resamples is 0"):
+    intervals.resample(key, scores, members, levels=(), num_resamples=0)
+  with pytest.raises(ValueError, match="20 of 20 examples are members"):
+    intervals.resample(key, scores, np.ones_like(members), levels=())
+  with pytest.raises(ValueError, match="fpr is 0"):
+    intervals.resample(key, scores, members, levels=[intervals.Level(0.0)])

@@ -1,0 +1,136 @@
+"""The leakage record: what it says follows from its parts; transferred thresholds; calibration."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ptq_jax.metrics import intervals, leakage, roc
+
+T, E = 4, 500
+
+
+@pytest.fixture(scope="module")
+def audit():
+  rng = np.random.default_rng(0)
+  members = np.stack([rng.permutation(E) < E // 2 for _ in range(T)])
+  return rng.normal(size=(T, E)) + 1.5 * members, members
+
+
+@pytest.fixture(scope="module")
+def record(audit):
+  return leakage.summarise(jax.random.key(0), *audit, num_resamples=200)
+
+
+def test_record_is_json_and_complete(record):
+  again = json.loads(json.dumps(record, allow_nan=False))
+  assert again == record
+  assert (record["num_targets"], record["num_members"], record["num_non_members"]) == (T, 250, 250)
+  assert [(p["fpr"], p["rule"]) for p in record["tpr"]] == [
+    (fpr, rule) for rule in ("at_most", "below") for fpr in leakage.FPRS
+  ]
+  assert [(p["prior"], p["fpr"]) for p in record["precision"]] == [
+    (prior, fpr) for prior in leakage.PRIORS for fpr in leakage.FPRS
+  ]
+
+
+def test_numbers_are_means_over_targets(audit, record):
+  scores, members = audit
+  pairs = list(zip(scores, members, strict=True))
+  assert record["auc"]["value"] == pytest.approx(np.mean([roc.auc(*p) for p in pairs]))
+  for row in record["tpr"]:
+    level = {"fpr": row["fpr"], "rule": row["rule"]}
+    points = [roc.point_at_fpr(roc.curve(*p), **level) for p in pairs]
+    assert row["value"] == pytest.approx(np.mean([point.tpr for point in points]))
+    assert row["false_positives"] == min(point.false_positives for point in points)
+    assert row["total_false_positives"] == sum(point.false_positives for point in points)
+    assert row["few_false_positives"] == (row["false_positives"] < 10)
+    for number in (row, row["over_examples"], row["over_targets"]):
+      assert number["low"] <= number["value"] <= number["high"]
+  for row in record["precision"]:
+    values = [roc.precision_at_fpr(*p, prior=row["prior"], fpr=row["fpr"]) for p in pairs]
+    assert row["value"] == pytest.approx(np.mean(values))
+  curve = record["curve"]
+  at = int(np.argmin(np.abs(np.array(curve["fpr"]) - 0.1)))
+  expected = np.mean([roc.tpr_at_fpr(*p, fpr=curve["fpr"][at]) for p in pairs])
+  assert curve["tpr"][at] == pytest.approx(expected)
+
+
+def naive_transfer(scores, members, t, fpr, rule, pool):
+  """Tries every score of the pool, and one above all, as threshold 'accept what is above'."""
+  rates = {cut: (pool > cut).mean() for cut in [*pool, -np.inf]}
+  allowed = [c for c, rate in rates.items() if (rate <= fpr if rule == "at_most" else rate < fpr)]
+  accepted = scores[t] > min(allowed)
+  return accepted[members[t]].mean(), accepted[~members[t]].mean()
+
+
+@pytest.mark.parametrize("rule", ["at_most", "below"])
+def test_thresholds_are_set_on_other_models(audit, rule):
+  scores, members = audit
+  levels = [intervals.Level(fpr, rule) for fpr in (1.0, 0.1, 0.01, 1e-5)]
+  rows = leakage.transferred(scores, members, levels=levels)
+  shadows = leakage.Pool(np.round(scores[::-1] + 0.5, 1), members[::-1])
+  given = leakage.transferred(scores[:1], members[:1], levels=levels, shadows=shadows)
+  for i, (fpr, _) in enumerate(levels):
+    for t in range(T):
+      others = np.concatenate([scores[o][~members[o]] for o in range(T) if o != t])
+      expected = naive_transfer(scores, members, t, fpr, rule, others)
+      assert (rows[i][t].tpr, rows[i][t].fpr) == pytest.approx(expected)
+    pool = shadows.scores[~shadows.members]
+    expected = naive_transfer(scores, members, 0, fpr, rule, pool)
+    assert (given[i][0].tpr, given[i][0].fpr) == pytest.approx(expected)
+  assert leakage.transferred(scores[:1], members[:1], levels=levels) is None
+
+
+def test_transferred_rate_is_what_was_aimed_at(record):
+  row = record["tpr"][0]
+  assert row["transferred"]["fpr"]["value"] == pytest.approx(0.01, abs=0.01)
+  assert row["transferred"]["tpr"]["value"] == pytest.approx(row["value"], abs=0.1)
+
+
+def test_one_target_is_marked_as_such(audit):
+  scores, members = audit
+  record = leakage.summarise(
+    jax.random.key(0), scores[:1], members[:1], fprs=(0.01,), priors=(), num_resamples=200
+  )
+  assert record["num_targets"] == 1
+  assert record["auc"]["interval"].startswith("bootstrap over examples,")
+  assert record["tpr"][0]["transferred"] is None
+  assert record["precision"] == []
+
+
+def test_nobody_found_has_an_upper_limit():
+  """All non-members above all members: TPR is 0, but 0 of 250 does not mean 0."""
+  members = np.arange(E)[None] < E // 2
+  scores = np.arange(E, dtype=float)[None]
+  record = leakage.summarise(jax.random.key(0), scores, members, fprs=(0.01,), num_resamples=100)
+  assert record["tpr"][0]["value"] == 0
+  assert record["tpr"][0]["high"] == pytest.approx(1 - 0.025 ** (1 / 250))
+
+
+def test_calibration_members_are_audited_apart(audit):
+  scores, members = audit
+  rng = np.random.default_rng(1)
+  calibrated = members & (rng.random((T, E)) < 0.4)
+  exposed = scores + 2.0 * calibrated
+  audits = leakage.calibration_audits(members, calibrated)
+  assert list(audits) == ["calibration members", "other members", "calibration among members"]
+  areas = {}
+  for name, (chosen, audited) in audits.items():
+    values = intervals.measure(exposed, chosen, levels=(), audited=audited)
+    areas[name] = values.auc.mean()
+  for t in range(T):
+    keep = ~members[t] | calibrated[t]
+    expected = roc.auc(exposed[t, keep], members[t, keep])
+    audit_ = audits["calibration members"]
+    one = intervals.measure(
+      exposed[t : t + 1], audit_.members[t : t + 1], levels=(), audited=audit_.audited[t : t + 1]
+    )
+    assert one.auc[0] == expected
+  assert areas["calibration members"] > areas["other members"] + 0.05
+  assert areas["calibration among members"] > 0.85
+  disjoint = leakage.calibration_audits(members, ~members & (rng.random((T, E)) < 0.4))
+  assert list(disjoint) == ["other members", "calibration among non-members"]
+  untouched = disjoint["other members"].audited
+  assert not (untouched & ~members & disjoint["calibration among non-members"].members).any()
