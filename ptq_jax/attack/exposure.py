@@ -62,31 +62,77 @@ def jaccard(exposure: Exposure, other: Exposure, *, top: int) -> float:
   return common / (2 * top - common)
 
 
-def split_half_jaccard(
+def compare(
   key: Key,
   scores: Float[ArrayLike, "T E"],
+  reference: Float[ArrayLike, "T E"],
   members: Bool[ArrayLike, "T E"],
   *,
   top: int,
-  num_splits: int = 20,
-) -> float:
-  """Overlap of the most exposed sets that two random halves of the targets name, on average.
+  num_resamples: int = 200,
+  confidence: float = 0.95,
+) -> dict:
+  """How the set of most exposed examples differs from a reference's, say full precision's.
 
-  How much of a change of the exposed set is noise: compare `jaccard` between two bit widths with
-  this before calling it an effect of bits.
-
+  Args:
+    scores, reference: float[T, E], one attack on two versions of the same targets.
+    members: bool[T, E].
+    top: size of the sets.
+    num_resamples: targets are drawn with replacement this often for the intervals.
+  Returns:
+    {"top", "num_examples", "jaccard": N, "noise_ceiling": N}, where N is {"value", "low", "high",
+    "interval"}. The ceiling is how far the sets agree that two random halves of the reference's
+    targets name (None with one target): a `jaccard` below it is an effect beyond noise.
   Raises:
-    ValueError: with fewer than two targets, or as `jaccard`.
+    ValueError: as `per_example` and `jaccard`.
   """
-  scores, members = np.asarray(scores), np.asarray(members).astype(bool)
-  num_targets = len(scores)
-  if num_targets < 2:
-    raise ValueError(f"there are {num_targets} targets; two halves need at least 2.")
-  overlaps = []
-  for split_key in jax.random.split(key, num_splits):
-    order = np.asarray(jax.random.permutation(split_key, num_targets))
-    halves = order[: num_targets // 2], order[num_targets // 2 :]
-    overlaps.append(
-      jaccard(*(per_example(scores[half], members[half]) for half in halves), top=top)
-    )
-  return float(np.mean(overlaps))
+  scores, reference = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
+  members = np.asarray(members).astype(bool)
+  exposures = [per_example(rows, members) for rows in (scores, reference)]
+  value = jaccard(*exposures, top=top)
+  num_targets, num_examples = members.shape
+  draw_key, split_key = jax.random.split(key)
+  drawn = jax.random.randint(draw_key, (num_resamples, num_targets), 0, num_targets)
+  times = np.stack([np.bincount(row, minlength=num_targets) for row in np.asarray(drawn)])
+  draws = _overlaps(*(_top_sets(times, rows, members, top) for rows in (scores, reference)))
+  ceiling = None
+  if num_targets > 1:
+    order = np.argsort(jax.random.uniform(split_key, (num_resamples, num_targets)), axis=1)
+    halves = (order < num_targets // 2, order >= num_targets // 2)
+    overlaps = _overlaps(*(_top_sets(half, reference, members, top) for half in halves))
+    name = "random halves of the targets"
+    ceiling = _interval(np.mean(overlaps), overlaps, confidence, name)
+  return {
+    "top": top,
+    "num_examples": num_examples,
+    "jaccard": _interval(value, draws, confidence, "bootstrap over targets"),
+    "noise_ceiling": ceiling,
+  }
+
+
+def _top_sets(times, scores, members, top):
+  """bool[R, E], the most exposed examples when target t counts times[r, t] times."""
+  times = np.asarray(times, np.float64)
+  count = times @ members
+  with np.errstate(invalid="ignore"):
+    mean = (times @ np.where(members, scores, 0.0)) / count
+  chosen = np.argpartition(-mean, top - 1, axis=1)[:, :top]  # NaN, never a member, goes last
+  sets = np.zeros(mean.shape, bool)
+  np.put_along_axis(sets, chosen, True, axis=1)
+  return sets
+
+
+def _overlaps(sets, others):
+  return (sets & others).sum(axis=1) / (sets | others).sum(axis=1)
+
+
+def _interval(value, draws, confidence, name):
+  """Percentiles of the draws, moved so that their mean is the value, within [0, 1]."""
+  tail = (1 - confidence) / 2
+  low, high = np.quantile(draws, [tail, 1 - tail]) + value - np.mean(draws)
+  return {
+    "value": float(value),
+    "low": max(float(low), 0.0),
+    "high": min(float(high), 1.0),
+    "interval": f"{name}, {100 * confidence:g} %",
+  }

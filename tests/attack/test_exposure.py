@@ -38,17 +38,29 @@ def test_overlap_of_known_sets():
       exposure.jaccard(rising, falling, top=top)
 
 
-def test_split_halves_tell_signal_from_noise(key):
+def test_comparison_tells_change_from_noise(key):
   rng = np.random.default_rng(0)
   members = rng.random((12, 300)) < 0.5
-  noise = rng.normal(size=(12, 300))
-  signal = 20 * rng.normal(size=(1, 300))
-  repeatable = exposure.split_half_jaccard(key, noise + signal, members, top=30)
-  chance = exposure.split_half_jaccard(key, noise, members, top=30)
-  assert repeatable > 0.8
-  assert chance == pytest.approx(30 / (600 - 30), abs=0.04)
-  with pytest.raises(ValueError, match="two halves"):
-    exposure.split_half_jaccard(key, noise[:1], members[:1], top=3)
+  noise, other_noise = rng.normal(size=(2, 12, 300))
+  signal, other_signal = 20 * rng.normal(size=(2, 1, 300))
+  options = {"top": 30, "num_resamples": 40}
+  chance = 30 / (600 - 30)
+
+  def compared(scores, reference):
+    return exposure.compare(key, scores, reference, members, **options)
+
+  same = compared(other_noise + signal, noise + signal)
+  assert same["jaccard"]["value"] > 0.8
+  assert same["noise_ceiling"]["value"] > 0.75
+  changed = compared(noise + other_signal, noise + signal)
+  assert changed["jaccard"]["value"] == pytest.approx(chance, abs=0.06)
+  assert changed["jaccard"]["high"] < changed["noise_ceiling"]["low"]
+  nothing = compared(noise, noise)
+  assert nothing["jaccard"]["value"] == 1.0
+  assert nothing["noise_ceiling"]["value"] == pytest.approx(chance, abs=0.04)
+  assert (same["top"], same["num_examples"]) == (30, 300)
+  alone = exposure.compare(key, noise[:1], noise[:1], members[:1], **options)
+  assert alone["noise_ceiling"] is None
 
 
 def test_scores_must_be_finite():
