@@ -16,8 +16,7 @@ from launch.train_shadows import load_variables
 from launch.workdir import Audit, Chunk, open_audit
 from ptq_jax import settings, trees
 from ptq_jax.data import augment
-from ptq_jax.models import units
-from ptq_jax.quantize import METHODS, pack, plan
+from ptq_jax.quantize import METHODS, pack
 from ptq_jax.report.records import Variant
 
 
@@ -46,23 +45,12 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
   """Quantizes the models of one chunk, method by method, and writes their scores and codes."""
   variables = load_variables(audit, chunk)
   ids, images = calibration(audit, chunk)
-  layers = units.layers(audit.model, trees.take(variables, 0), images[0, :1])
   keys = jax.vmap(jax.random.fold_in, (None, 0))(group_key(audit, chunk, "quantize"), chunk.ids)
-  overrides = parse_overrides(audit.config.quantize.overrides)
   for method in dict.fromkeys(variant.method for variant in variants):
     mine = [variant for variant in variants if variant.method == method]
-    plans = [
-      plan.make(
-        layers,
-        levels=variant.levels,
-        last_layer_levels=variant.last_layer_levels or plan.FULL,
-        overrides=overrides,
-      )
-      for variant in mine
-    ]
     options = settings.named(audit.config.quantize[method])
     quantized, info = METHODS[method].quantize_stacked(
-      keys, audit.model, variables, images, plans=plans, **options
+      keys, audit.model, variables, images, plans=audit.plans(mine), **options
     )
     for index, variant in enumerate(mine):
       grids = {
@@ -105,23 +93,6 @@ def calibration(audit: Audit, chunk: Chunk) -> tuple[np.ndarray, jax.Array]:
 def group_key(audit: Audit, chunk: Chunk, stream: str) -> jax.Array:
   """The key of a stream for shadows or for targets; folded with a model's number by the caller."""
   return jax.random.fold_in(audit.key(stream), list(audit.members).index(chunk.group))
-
-
-def parse_overrides(texts) -> dict[str, int | None]:
-  """Levels by path pattern from "pattern=levels" or "pattern=full".
-
-  Raises:
-    ValueError: for another form.
-  """
-  overrides = {}
-  for text in texts:
-    pattern, _, levels = text.rpartition("=")
-    if not pattern or not (levels.isdigit() or levels == plan.FULL):
-      raise ValueError(
-        f"quantize.overrides has {text!r}; write 'pattern=levels' or 'pattern=full'."
-      )
-    overrides[pattern] = None if levels == plan.FULL else int(levels)
-  return overrides
 
 
 def unit_arrays(info, index: int) -> dict[str, np.ndarray]:

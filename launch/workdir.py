@@ -17,16 +17,17 @@ import json
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import models, settings, storage
-from ptq_jax.attack import confidence
+from ptq_jax.attack import confidence, protocol
 from ptq_jax.data import augment, batches, load, membership
-from ptq_jax.models import predict
-from ptq_jax.quantize import METHODS, grid, pack
+from ptq_jax.models import predict, units
+from ptq_jax.quantize import METHODS, grid, pack, plan
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer
 
@@ -132,9 +133,34 @@ class Audit:
       raise ValueError(
         f"quantize.calibrate_on is {quantize.calibrate_on!r}; use 'members' or 'non_members'."
       )
+    for name in attack.attacks:
+      if name not in protocol.ATTACKS:
+        raise ValueError(f"attack {name!r} is unknown; there are {', '.join(protocol.ATTACKS)}.")
+    self.plans(self.variants())
     for fpr in attack.fprs:
       if not 0 < fpr <= 1:
         raise ValueError(f"attack.fprs has {fpr}; a false-positive rate is in (0, 1].")
+
+  @functools.cached_property
+  def layers(self) -> list[units.Layer]:
+    """Layers of the model in execution order."""
+    images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32)
+    return units.layers(
+      self.model, jax.eval_shape(self.model.init, jax.random.key(0), images), images
+    )
+
+  def plans(self, variants: Sequence[Variant]) -> list[plan.Plan]:
+    """Levels per layer of each variant."""
+    overrides = parse_overrides(self.config.quantize.overrides)
+    return [
+      plan.make(
+        self.layers,
+        levels=variant.levels,
+        last_layer_levels=variant.last_layer_levels or plan.FULL,
+        overrides=overrides,
+      )
+      for variant in variants
+    ]
 
   def key(self, stream: str) -> jax.Array:
     """The key of one stream of randomness of this audit."""
@@ -364,6 +390,23 @@ def variant_name(variant: Variant) -> str:
     return "full_precision"
   last = "full" if variant.last_layer_levels is None else variant.last_layer_levels
   return f"{variant.method}-{variant.levels}-{last}"
+
+
+def parse_overrides(texts) -> dict[str, int | None]:
+  """Levels by path pattern from "pattern=levels" or "pattern=full".
+
+  Raises:
+    ValueError: for another form.
+  """
+  overrides = {}
+  for text in texts:
+    pattern, _, levels = text.rpartition("=")
+    if not pattern or not (levels.isdigit() or levels == plan.FULL):
+      raise ValueError(
+        f"quantize.overrides has {text!r}; write 'pattern=levels' or 'pattern=full'."
+      )
+    overrides[pattern] = None if levels == plan.FULL else int(levels)
+  return overrides
 
 
 def _cover(group, count, size, begun):

@@ -230,7 +230,7 @@ def from_bytes(
       f"{num_weights} codes of {levels} levels need {expected} bytes, got {len(packed)}."
     )
   base = 3 if levels == 3 else 2 ** _bits(levels)
-  codes = packed[:, None] // _digits(levels).astype(np.uint8) % base
+  codes = packed.astype(np.int32)[:, None] // _digits(levels) % base
   codes = codes.reshape(-1)[:num_weights].astype(np.int32)
   if codes.size and (codes.max() >= levels or (levels == 3 and packed.max() >= 3**5)):
     raise ValueError(f"the bytes hold codes outside [0, {levels}); they are damaged.")

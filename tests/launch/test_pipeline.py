@@ -1,0 +1,315 @@
+"""The whole pipeline through the real launchers, on the smallest audit."""
+
+import ast
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from launch import workdir
+from ptq_jax import settings, storage
+from ptq_jax.report import records
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+TINY = (
+  "--config=configs/smoke.py",
+  "--config.data.pool_size=60",
+  "--config.data.test_size=20",
+  "--config.model.width=2",
+  "--config.train.epochs=2",
+  "--config.train.batch_size=10",
+  "--config.train.models=8",
+  "--config.quantize.calibration_size=10",
+  "--config.quantize.levels=(3,)",
+  "--config.attack.resamples=20",
+)
+METHODS = "--config.quantize.methods=('nearest','obc')"
+
+
+def command(stage, where, *arguments):
+  return [sys.executable, "-m", f"launch.{stage}", f"--workdir={where}", *TINY, *arguments]
+
+
+def launch(stage, workdir, *arguments):
+  return subprocess.run(
+    command(stage, workdir, *arguments), cwd=ROOT, capture_output=True, text=True
+  )
+
+
+def scores(workdir):
+  """Every score file's arrays, without times."""
+  return {
+    str(path.relative_to(workdir)): {
+      name: array for name, array in storage.load_arrays(path).items() if "seconds" not in name
+    }
+    for path in sorted(workdir.glob("scores/*/*.npz"))
+  }
+
+
+def leakage(workdir):
+  return records.select(storage.read_records(workdir / "results.jsonl"), "leakage")
+
+
+def assert_same(one, other):
+  assert scores(one).keys() == scores(other).keys()
+  for path, arrays in scores(one).items():
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(array, scores(other)[path][name], err_msg=f"{path} {name}")
+  assert leakage(one) == leakage(other)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("finished")
+  done = launch("audit", workdir, METHODS)
+  assert done.returncode == 0, done.stderr
+  return workdir, done
+
+
+def test_writes_everything_it_promises(finished):
+  workdir, done = finished
+  for name in ("results.jsonl", "results.csv", "results.md", "index.html", "membership.npz"):
+    assert (workdir / name).stat().st_size > 0
+  for figure in ("roc", "privacy_utility"):
+    assert (workdir / "figures" / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (workdir / "figures" / f"{figure}.svg").read_text()
+  assert "60 images of digits in the pool, 8 models" in done.stdout
+  assert "full precision" in done.stdout
+  assert "Traceback" not in done.stderr
+  for stage in ("train_shadows", "quantize", "attack"):
+    assert stage in done.stderr
+  found = storage.read_records(workdir / "results.jsonl")
+  records.validate_all(found)
+  variants = {records.variant(record) for record in records.select(found, "leakage")}
+  assert variants == {("none", None, None), ("nearest", 3, 3), ("obc", 3, 3)}
+  attackers = {r["attacker"] for r in records.select(found, "leakage", method="obc")}
+  assert attackers == {"full_precision", "matched"}
+
+
+def test_running_again_does_nothing_and_prints_the_same_table(finished):
+  workdir, done = finished
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+  again = launch("audit", workdir, METHODS)
+  assert again.stdout == done.stdout
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_stages_alone_in_other_chunks_give_the_same(finished, tmp_path):
+  for stage in ("train_shadows", "quantize", "attack", "report"):
+    done = launch(stage, tmp_path, METHODS, "--config.train.models_per_chunk=8")
+    assert done.returncode == 0, done.stderr
+  one, other = (
+    np.concatenate([arrays["scores"] for path, arrays in scores(w).items() if "full" in path])
+    for w in (finished[0], tmp_path)
+  )
+  np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def kill_when(found, process):
+  """Kills a running launcher as soon as `found()`."""
+  deadline = time.monotonic() + 300
+  while not found():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+
+
+def test_killed_twice_and_run_again_gives_the_same(finished, tmp_path):
+  """Killed inside training and inside quantizing, when the first of two chunks was written."""
+  for variant in ("full_precision", "obc-3-3"):
+    process = subprocess.Popen(
+      command("audit", tmp_path, METHODS),
+      cwd=ROOT,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    folder = tmp_path / "scores" / variant
+    kill_when(lambda folder=folder: list(folder.glob("*.npz")), process)
+    assert len(list(folder.glob("*.npz"))) == 1
+  done = launch("audit", tmp_path, METHODS)
+  assert done.returncode == 0, done.stderr
+  assert_same(finished[0], tmp_path)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  """A finished workdir that a test may spoil."""
+  shutil.copytree(finished[0], tmp_path / "copy")
+  return tmp_path / "copy"
+
+
+def test_more_models_train_only_the_new_ones(finished, copied):
+  grown = launch("audit", copied, METHODS, "--config.train.models=12")
+  assert grown.returncode == 0, grown.stderr
+  for path, arrays in scores(finished[0]).items():
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(array, scores(copied)[path][name])
+  assert (copied / "models" / "shadows-00008-00012").exists()
+  assert leakage(copied)[0]["num_targets"] == 12
+
+
+def test_a_damaged_score_file_is_computed_again(finished, copied):
+  path = next(copied.glob("scores/obc-3-3/*.npz"))
+  path.write_bytes(path.read_bytes()[:500])
+  done = launch("audit", copied, METHODS)
+  assert done.returncode == 0, done.stderr
+  assert "is corrupt; computing it anew" in done.stdout
+  assert_same(finished[0], copied)
+
+
+def test_damaged_models_are_named_and_trained_again(finished, copied):
+  chunk = next((copied / "models").glob("shadows-*"))
+  for path in (chunk / "trained").rglob("d/*"):
+    path.write_bytes(b"damaged")
+  shutil.rmtree(copied / "scores" / "obc-3-3")
+  done = launch("quantize", copied, METHODS)
+  assert done.returncode == settings.USER_ERROR
+  assert "missing or corrupt; run bash launch/run train_shadows again" in done.stderr
+  assert launch("audit", copied, METHODS).returncode == 0
+  assert_same(finished[0], copied)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (("--config.train.epochs=3",), "belongs to another config: train.epochs is 3, was 2"),
+    (("--config.model.width=3",), "belongs to another config: model.width is 3, was 2"),
+    (("--config.quantize.calibration_size=11",), "quantize.calibration_size is 11, was 10"),
+    (("--config.train.models=6",), "train.models is 6, was 8"),
+    (("--config.train.models=7",), "num_models is 7; models come in complementary pairs"),
+    (("--config.train.models=4",), "needs two shadows"),
+    (("--config.quantize.levels=(300,)",), "levels must be a whole number from 2 to 256, got 300"),
+    (("--config.quantize.levels=(1,)",), "levels must be a whole number from 2 to 256, got 1"),
+    (("--config.quantize.methods=('gptq',)",), "quantize.methods has 'gptq'; choose among"),
+    (("--config.quantize.calibration_size=31",), "a model has 30 members"),
+    (("--config.quantize.calibrate_on=all",), "calibrate_on is 'all'"),
+    (("--config.quantize.overrides=('nope=3',)",), "matches no layer; the layers are"),
+    (("--config.quantize.last_layer_levels=('none',)",), "last_layer_levels has 'none'"),
+    (("--config.train.batch_size=31",), "batch_size is 31, but a model trains on 30 members"),
+    (("--config.attack.fprs=(2.0,)",), "attack.fprs has 2.0"),
+    (("--config.attack.attacks=('guess',)",), "attack 'guess' is unknown"),
+    (("--config.train.augmentation=('blur',)",), "no augmentation 'blur'"),
+    (("--config.model.name=resnet9",), "model.name is 'resnet9'"),
+    (("--config.data.name=cifar1",), "cifar1"),
+    (("--config.data.pool_size=100000",), "pool_size"),
+  ],
+  ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_bad_settings_are_one_sentence_and_spoil_nothing(finished, arguments, sentence):
+  directory, _ = finished
+  before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+  config = settings.load(str(ROOT / TINY[0].partition("=")[2]))
+  for argument in (*TINY[1:], METHODS, *arguments):
+    key, _, text = argument.removeprefix("--config.").partition("=")
+    config.update_from_flattened_dict({key: parse(text)})
+  with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+    workdir.open_audit(config, directory)
+  assert len(str(caught.value).splitlines()) == 1
+  assert {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()} == before
+
+
+def parse(text):
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def test_a_bad_setting_through_the_launcher(finished):
+  done = launch("audit", finished[0], METHODS, "--config.train.epochs=3")
+  assert done.returncode == settings.USER_ERROR
+  assert "belongs to another config: train.epochs is 3, was 2" in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_unwritable_workdir_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  done = launch("audit", tmp_path / "file")
+  assert done.returncode == 2
+  assert "cannot be written" in done.stderr
+
+
+def test_stages_out_of_order_say_what_is_missing(tmp_path):
+  for stage, needs in (("report", "attack"), ("attack", "train_shadows")):
+    done = launch(stage, tmp_path)
+    assert done.returncode == 2
+    assert f"run bash launch/run {needs} first" in done.stderr
+
+
+def npz(path, **changes):
+  rng = np.random.default_rng(0)
+  arrays = {
+    "x_train": rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8),
+    "y_train": np.arange(60) % 3,
+    "x_test": rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8),
+    "y_test": np.arange(20) % 3,
+  }
+  np.savez(path, **(arrays | changes))
+  return path
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"x_train": np.full((60, 8, 8, 1), np.nan)}, "NaN"),
+    ({"x_train": np.zeros((60, 8, 8, 1))}, "uint8"),
+    ({"x_train": np.zeros((60, 8), np.uint8)}, "x_train"),
+    ({"y_train": np.full(60, -1)}, "label"),
+  ],
+)
+def test_bad_images_are_one_sentence(tmp_path, changes, sentence):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  config.data.name, config.data.path = "npz", str(npz(tmp_path / "data.npz", **changes))
+  with pytest.raises(ValueError, match=sentence) as caught:
+    workdir.open_audit(config, tmp_path / "run")
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def test_own_data_own_model_and_dedicated_targets(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "import flax.linen as nn\n"
+    "class Net(nn.Module):\n"
+    "  num_classes: int\n"
+    "  @nn.compact\n"
+    "  def __call__(self, x, train=False):\n"
+    "    x = nn.relu(nn.Conv(3, (3, 3), name='first')(x))\n"
+    "    return nn.Dense(self.num_classes, name='last')(x.reshape(len(x), -1))\n"
+    "def make(num_classes, width):\n"
+    "  return Net(num_classes)\n"
+  )
+  path = npz(tmp_path / "data.npz")
+  done = subprocess.run(
+    command(
+      "audit",
+      tmp_path / "run",
+      METHODS,
+      "--config.data.name=npz",
+      f"--config.data.path={path}",
+      "--config.model.name=mine:make",
+      "--config.train.models=4",
+      "--config.train.targets=3",
+    ),
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  first = leakage(tmp_path / "run")[0]
+  assert (first["num_targets"], first["num_members"]) == (3, 30)
+  run = records.select(storage.read_records(tmp_path / "run" / "results.jsonl"), "run")[0]
+  assert run["protocol"] == "dedicated targets"
+  assert (
+    json.loads((tmp_path / "run" / "config.json").read_text())["config"]["train"]["targets"] == 3
+  )
