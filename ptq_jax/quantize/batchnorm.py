@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import ArrayLike, Key, Shaped, Variables
+from ptq_jax.base import ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.quantize import capture
 from ptq_jax.quantize.capture import Hashable
 
@@ -49,7 +49,7 @@ def estimate(
 
 
 def estimate_stacked(
-  keys: Key,
+  keys: Keys,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],

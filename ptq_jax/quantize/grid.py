@@ -5,7 +5,7 @@ number of levels, so 1.58 bits (3 levels) is no special case. Rounding is half t
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def fit(
   *,
   levels: int | Int[ArrayLike, ""],
   symmetric: bool = False,
-  search: Literal["mse", "minmax"] = "mse",
+  search: str = "mse",
   norm: float = 2.4,
   include_zero: bool = True,
 ) -> Grid:

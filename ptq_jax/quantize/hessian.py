@@ -262,11 +262,12 @@ def _from_batches(layer, batch_size, inputs):
     return (total * (2 / num_images)).astype(default)
 
 
-class _Attempt(NamedTuple):
+class _Search(NamedTuple):
   """Carry of the search for a damping that makes the Hessian invertible."""
 
-  damping: Array
-  matrix: Array  # inverse of the Hessian of unit diagonal
+  candidate: Array  # the damping to try next
+  damping: Array  # the last one tried
+  matrix: Array  # what it gave: the inverse of the Hessian of unit diagonal
   good: Array
 
 
@@ -285,19 +286,19 @@ def _inverse(dtype, hessian, damping):
   unit = (hessian + hessian.T) / 2 / (root[:, None] * root[None, :])
   unit = jnp.where(coupled, unit, identity)
 
-  def attempt(damping):
+  def attempt(state):
+    damping = state.candidate
     factor = jnp.linalg.cholesky(unit + damping * identity)
     half = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
     matrix = jnp.matmul(half.T, half, precision=jax.lax.Precision.HIGHEST)
     good = jnp.isfinite(matrix).all() & (jnp.diagonal(matrix).max() <= MAX_INFLATION)
-    return _Attempt(damping, matrix, good)
+    return _Search(jnp.maximum(damping * 10, FIRST_DAMPING), damping, matrix, good)
 
-  def unfinished(state):
-    return ~state.good & (state.damping < 1e6)
-
-  first = attempt(jnp.asarray(damping).astype(wide))
+  damping = jnp.asarray(damping).astype(wide)
   state = jax.lax.while_loop(
-    unfinished, lambda state: attempt(jnp.maximum(state.damping * 10, FIRST_DAMPING)), first
+    lambda state: ~state.good & (state.damping < 1e6),
+    attempt,
+    _Search(damping, damping, identity, jnp.zeros((), bool)),
   )
   matrix = jnp.where(state.good, state.matrix, identity) / (root[:, None] * root[None, :])
   floor = 1 / (diagonal * (1 + state.damping))

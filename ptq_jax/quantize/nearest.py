@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Float, Key, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Float, Key, Keys, Shaped, Variables
 from ptq_jax.quantize import capture, grid, hessian, plan, walk
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Levels, Plan, Record
@@ -67,7 +67,7 @@ def quantize_params(
 
 
 def quantize_stacked(
-  keys: Key,
+  keys: Keys,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],
@@ -163,6 +163,7 @@ def _layer(solve, options, layer, original, hessians, levels):
     job, fitted, before = _round(layer, options, original, hessians, jnp.asarray(distinct))
     scale, zero_point, _ = fitted
     kernels, after = _keep_better(layer, job, solve(job), before)
+    kernels = kernels.astype(original.dtype)
   ones = jnp.ones((num_models, *[1] * (original.ndim - 2), original.shape[-1]))
   none = jnp.zeros(num_models)
   before, after = (np.asarray(by_plan(error, none)) for error in (before, after))

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variables
 from ptq_jax.quantize import batchnorm as batchnorms
 from ptq_jax.quantize import grid as grids
 from ptq_jax.quantize import hessian as hessians
@@ -73,14 +73,14 @@ def quantize_params(
 
 
 def quantize_stacked(
-  keys: Key,
+  keys: Keys,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],
   *,
   plans: Sequence[Plan],
   damping: float = 0.0,
-  batchnorm: Literal["members", "none"] = "members",
+  batchnorm: str = "members",
   batchnorm_images: Shaped[ArrayLike, "M b ..."] | None = None,
   block_size: int | None = None,
   grid_options: Mapping[str, Any] | None = None,
@@ -109,8 +109,9 @@ def quantize_stacked(
   """
   if batchnorm not in ("members", "none"):
     raise ValueError(f'batchnorm must be "members" or "none", got {batchnorm!r}.')
-  batchnorm_images = images if batchnorm_images is None else batchnorm_images
-  if len(batchnorm_images) != len(images) or not np.shape(batchnorm_images)[1]:
+  if batchnorm_images is None:
+    batchnorm_images = images
+  elif len(batchnorm_images) != len(images) or not np.shape(batchnorm_images)[1]:
     raise ValueError(
       f"batchnorm_images must be [{len(images)}, n >= 1, ...], one set per model; "
       f"got shape {np.shape(batchnorm_images)}."
@@ -134,7 +135,7 @@ def quantize_stacked(
 
 def quantize_matrix(
   weights: Float[ArrayLike, "rows D"],
-  hessian: Float[ArrayLike, "D D"],
+  hessian: Float[ArrayLike, "square square"],
   grid: Grid,
   *,
   damping: float = 0.0,
@@ -202,24 +203,27 @@ def quantize_rows(
 
 def _solve(job: Job, *, damping, block_size, memory_bytes) -> Array:
   """OBC on all rows of a layer: of M models, their groups, U numbers of levels."""
-  num_levels, num_models, groups, D, K = job.nearest.shape
-  inverses = [
-    jax.vmap(functools.partial(hessians.inverse, damping=damping))(one) for one in job.hessians
-  ]
-  inverse = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inverses)
-  owner = np.tile(np.repeat(np.arange(num_models * groups, dtype=np.int32), K), num_levels)
-  rowwise = Grid(
-    *(jnp.broadcast_to(part, (num_levels, num_models, groups, 1, K)) for part in job.grids)
-  )
-  rowwise = jax.tree.map(lambda part: part.reshape(-1, 1), rowwise)
-  weights = jnp.broadcast_to(job.weights, job.nearest.shape).swapaxes(3, 4).reshape(-1, D)
+  inverse = functools.partial(hessians.inverse, damping=damping)
+  inverses = [jax.vmap(inverse)(one) for one in job.hessians]
+  inputs = _all_rows(job, inverses)
   found = _halving_memory(
-    lambda budget: quantize_rows(
-      weights, inverse, jnp.asarray(owner), rowwise, block_size=block_size, memory_bytes=budget
-    ),
+    lambda budget: quantize_rows(*inputs, block_size=block_size, memory_bytes=budget),
     memory_bytes or default_memory_bytes(),
   )
+  num_levels, num_models, groups, D, K = job.nearest.shape
   return found.reshape(num_levels, num_models, groups, K, D).swapaxes(3, 4)
+
+
+@jax.jit
+def _all_rows(job, inverses):
+  """Arguments of `quantize_rows` for a job; `inverses` per model [groups, D, D]."""
+  num_levels, num_models, groups, D, K = job.nearest.shape
+  weights = jnp.broadcast_to(job.weights, job.nearest.shape).swapaxes(3, 4).reshape(-1, D)
+  owner = jnp.repeat(jnp.arange(num_models * groups, dtype=jnp.int32), K)
+  per_row = (num_levels, num_models, groups, 1, K)
+  grid = Grid(*(jnp.broadcast_to(part, per_row).reshape(-1, 1) for part in job.grids))
+  inverse = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inverses)
+  return weights, inverse, jnp.tile(owner, num_levels), grid
 
 
 def _halving_memory(function, memory_bytes):

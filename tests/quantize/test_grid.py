@@ -192,6 +192,8 @@ def test_bad_input():
   weights = kernel()
   with pytest.raises(ValueError, match=r"levels must be .* got 300"):
     grid.fit(weights, levels=300)
+  with pytest.raises(ValueError, match='search must be "mse" or "minmax", got \'max\''):
+    grid.fit(weights, levels=3, search="max")
   for bad in (np.nan, np.inf):
     weights[0, 0, 0, 0] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
