@@ -9,6 +9,7 @@ attackers: one whose shadows stay in full precision, and one who quantized them 
 import datetime
 import shlex
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,11 +17,14 @@ import numpy as np
 from launch.progress import Progress
 from launch.workdir import FULL_PRECISION, Audit, open_audit, variant_name
 from ptq_jax import settings, storage
-from ptq_jax.attack import guards, protocol
+from ptq_jax.attack import exposure, guards, protocol
 from ptq_jax.data import duplicates
 from ptq_jax.metrics import intervals, leakage
 from ptq_jax.report import records
 from ptq_jax.report.records import Variant
+
+NUM_PICTURES = 24
+"""So many of the most exposed examples are shown."""
 
 
 def run(config, workdir) -> None:
@@ -36,41 +40,124 @@ def attack(audit: Audit) -> None:
   if path.exists() and is_current(path, inputs):
     return
   with audit.timed("attack"), Progress("attack", len(variants)) as progress:
-    found = []
+    found, evidence = [], {}
     full = scores_of(audit, FULL_PRECISION)
     for variant in variants:
-      found += attack_variant(audit, variant, full)
+      attacked = attack_variant(audit, variant, full)
+      found += attacked.records
+      evidence[variant] = attacked.scores
       progress.advance(1, variant_name(variant))
+    found += exposures(audit, evidence)
   storage.write_records(path, [run_record(audit, inputs), *found, *warnings(audit, found)])
 
 
-def attack_variant(audit: Audit, variant: Variant, full: dict) -> list[dict]:
-  """Leakage records of one variant, for both attackers, and the records of its units."""
-  options, is_full = audit.config.attack, variant == FULL_PRECISION
+class Attacked(NamedTuple):
+  """What attacking one variant gave."""
+
+  records: list[dict]
+  scores: np.ndarray  # [T, E], of the first attack by the attacker who knows most
+
+
+def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
+  """Leakage of one variant to both attackers, what happened to its units, who is exposed."""
+  is_full = variant == FULL_PRECISION
   own = full if is_full else scores_of(audit, variant)
-  accuracy = intervals.over_targets(own["target_accuracy"], confidence=options.confidence)
+  accuracy = intervals.over_targets(
+    own["target_accuracy"], confidence=audit.config.attack.confidence
+  )
   common = variant._asdict() | {
     "bits_per_weight": own["bits_per_weight"].mean(),
     "size_kb": own["size_kb"].mean(),
     "test_accuracy": accuracy._asdict(),
   }
-  targets = audit.members.get("targets", audit.members["shadows"])
-  found = []
-  for attacker, shadows in {"full_precision": full, "matched": own}.items():
-    if is_full and attacker == "matched":
-      continue  # the same attack
+  found, main = [], audit.config.attack.attacks[0]
+  attackers = {"full_precision": full} if is_full else {"full_precision": full, "matched": own}
+  for attacker, shadows in attackers.items():
     scores = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
     for number, (name, rows) in enumerate(scores.items()):
-      summary = leakage.summarise(
-        jax.random.fold_in(audit.key("bootstrap"), number),
-        rows,
-        targets,
-        fprs=tuple(options.fprs),
-        num_resamples=options.resamples,
-        confidence=options.confidence,
-      )
-      found.append(records.make("leakage", attacker=attacker, attack=name, **common, **summary))
-  return found + ([] if is_full else unit_records(audit, variant))
+      groups = {"all": None}
+      if name == main and not is_full:
+        groups |= member_groups(audit, own["calibration"])
+      for group, audited in groups.items():
+        summary = summarise(audit, number, rows, audited)
+        found.append(
+          records.make(
+            "leakage", attacker=attacker, attack=name, members=group, **common, **summary
+          )
+        )
+  found += [] if is_full else unit_records(audit, variant)
+  return Attacked(found, scores[main])
+
+
+def summarise(audit: Audit, number: int, scores, audited) -> dict:
+  """Metrics with intervals of one attack; attacks of all variants share their resamples."""
+  options = audit.config.attack
+  return leakage.summarise(
+    jax.random.fold_in(audit.key("bootstrap"), number),
+    scores,
+    target_members(audit),
+    fprs=tuple(options.fprs),
+    audited=audited,
+    num_resamples=options.resamples,
+    confidence=options.confidence,
+  )
+
+
+def target_members(audit: Audit) -> np.ndarray:
+  """bool[T, E], who the targets trained on."""
+  return audit.members.get("targets", audit.members["shadows"])
+
+
+def member_groups(audit: Audit, calibration: np.ndarray) -> dict[str, np.ndarray]:
+  """Members that calibrated the quantizer and the other members, beside the same non-members.
+
+  Masks bool[T, E] by name; without groups where no member calibrated, or every member did.
+  """
+  members = target_members(audit)
+  calibrated = np.zeros_like(members)
+  np.put_along_axis(calibrated, calibration, True, axis=1)
+  groups = {"calibration": calibrated & members, "not_calibration": ~calibrated & members}
+  if not all(group.any(axis=1).all() for group in groups.values()):
+    return {}
+  return {name: group | ~members for name, group in groups.items()}
+
+
+def exposures(audit: Audit, evidence: dict[Variant, np.ndarray]) -> list[dict]:
+  """Writes who is exposed in each variant, and tells how that differs from full precision.
+
+  WORKDIR/exposure.csv ranks the pool by exposure at full precision; exposed.npz has the pictures
+  of the first.
+  """
+  members, data = target_members(audit), audit.dataset
+  per_variant = {
+    variant: exposure.per_example(scores, members) for variant, scores in evidence.items()
+  }
+  ranking = exposure.ranking(per_variant[FULL_PRECISION])
+  columns = {"example": ranking, "source_example": data.train_ids[ranking]}
+  columns["label"] = [data.class_names[label] for label in data.train_labels[ranking]]
+  for variant, found in per_variant.items():
+    columns[f"{variant_name(variant)}_when_member"] = found.when_member[ranking]
+    columns[f"{variant_name(variant)}_when_non_member"] = found.when_non_member[ranking]
+  storage.write_csv(audit.root / "exposure.csv", columns)
+  shown = ranking[:NUM_PICTURES]
+  storage.save_arrays(
+    audit.root / "exposed.npz",
+    images=data.train_images[shown],
+    labels=columns["label"][:NUM_PICTURES],
+    exposure=per_variant[FULL_PRECISION].when_member[shown],
+  )
+  top = max(1, round(len(ranking) * audit.config.attack.exposed_share))
+  return [
+    records.make(
+      "exposure",
+      attacker="matched",
+      **variant._asdict(),
+      **exposure.compare(
+        audit.key("bootstrap"), scores, evidence[FULL_PRECISION], members, top=top
+      ),
+    )
+    for variant, scores in evidence.items()
+  ]
 
 
 def attack_scores(audit: Audit, shadow_scores, target_scores) -> dict[str, np.ndarray]:
@@ -107,6 +194,7 @@ def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
     "target_accuracy": targets["accuracy"],
     "bits_per_weight": targets["bits_per_weight"],
     "size_kb": targets["size_kb"],
+    "calibration": targets.get("calibration"),
   }
 
 

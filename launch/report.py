@@ -10,7 +10,7 @@ import pathlib
 
 from launch.progress import Progress
 from ptq_jax import settings, storage
-from ptq_jax.report import figures, page, records, tables
+from ptq_jax.report import figures, findings, page, records, tables
 
 
 def run(config, workdir) -> None:
@@ -32,6 +32,7 @@ def report(workdir: pathlib.Path) -> None:
     write_report(found, workdir)
     storage.write_text(done, stamp)
   print(tables.to_text(tables.results(found)))
+  print(findings.summarize(found).headline)
   for record in records.select(found, "warning"):
     print(f"warning, {record['about']}: {record['message']}")
   print(f"\n{workdir / 'index.html'} shows more.", flush=True)
@@ -40,9 +41,19 @@ def report(workdir: pathlib.Path) -> None:
 def write_report(found: list[dict], workdir) -> None:
   """All files of the report."""
   drawn = figures.draw(found)
+  exposed = workdir / "exposed.npz"
+  if exposed.exists():
+    pictures = storage.load_arrays(exposed)
+    captions = [
+      f"{label}  {value:.1f}"
+      for label, value in zip(pictures["labels"], pictures["exposure"], strict=True)
+    ]
+    drawn["exposed_examples"] = figures.image_grid(pictures["images"], captions)
   with Progress("report", len(drawn) + 2) as progress:
     storage.write_text(workdir / "results.csv", tables.to_csv(found))
-    storage.write_text(workdir / "results.md", tables.to_markdown(tables.results(found)))
+    shown = (tables.results, tables.attacks, tables.units, tables.warnings)
+    texts = [tables.to_markdown(table(found)) for table in shown]
+    storage.write_text(workdir / "results.md", "\n".join(texts))
     progress.advance(1, "tables")
     storage.write_text(workdir / "index.html", page.render(found, drawn))
     progress.advance(1, "page")

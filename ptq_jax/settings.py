@@ -79,6 +79,7 @@ def audit_defaults() -> Config:
       fprs=(0.01, 0.001),
       resamples=1000,  # of the bootstrap
       confidence=0.95,
+      exposed_share=0.01,  # of the pool: the set of most exposed examples that is compared
     ),
   )
 

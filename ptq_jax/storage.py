@@ -5,13 +5,15 @@ renamed. What cannot be read back is a `CorruptFileError`, which says what to do
 """
 
 import contextlib
+import csv
+import io
 import json
 import logging
 import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +102,15 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
       )
     records.append(record)
   return records
+
+
+def write_csv(path: Path | str, columns: Mapping[str, Sequence[Any]]) -> None:
+  """Writes columns of equal length as comma-separated values with a header, atomically."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(columns)
+  writer.writerows(zip(*columns.values(), strict=True))
+  write_text(path, text.getvalue())
 
 
 def save_arrays(path: Path | str, **arrays: np.ndarray) -> None:

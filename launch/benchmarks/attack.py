@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
   part = min(flags.plain_examples or flags.examples, flags.examples)
   names = "plain loop", "plain gathering, then arrays"
   for name, function in zip(names, (plain_loop, plain_gathering), strict=True):
-    some = (shadows[:, :part], members[:, :part], target[:part], inside[:part])
+    wide = shadows[:, :part].astype(np.float64), target[:part].astype(np.float64)
+    some = (wide[0], members[:, :part], wide[1], inside[:part])
     plain_seconds, (plain_scores, plain_rates) = timed(lambda f=function, a=some: f(*a))
     scaled = plain_seconds * flags.examples / part
     note = "" if part == flags.examples else f" (from {part} examples)"
@@ -130,7 +131,7 @@ def _models_as_targets(shadows, members):
 
 def plain_loop(shadows, members, target, inside):
   """Everything per example, with SciPy's log density."""
-  fixed = _fixed_deviations(shadows, members)
+  fixed = np.std(shadows[members]), np.std(shadows[~members])
   scores = {name: np.zeros(len(target)) for name in [*VARIANTS, "global"]}
   for e in range(len(target)):
     within, without = shadows[members[:, e], e], shadows[~members[:, e], e]
@@ -145,12 +146,17 @@ def plain_gathering(shadows, members, target, inside):
   """A loop gathers and cuts to equal counts, as the public LiRA script does; the rest is arrays."""
   within = [shadows[members[:, e], e] for e in range(len(target))]
   without = [shadows[~members[:, e], e] for e in range(len(target))]
-  within, without = [np.array([g[: min(map(len, gs))] for g in gs]) for gs in (within, without)]
+  within, without = _cut(within), _cut(without)
   centers = np.median(within, axis=1), np.median(without, axis=1)
   own = np.std(within, axis=1), np.std(without, axis=1)
   fixed = np.std(within), np.std(without)
   scores = {k: v.mean(axis=1) for k, v in _plain_scores(target, centers, own, fixed).items()}
   return scores, _plain_rates(scores, inside)
+
+
+def _cut(groups):
+  shortest = min(map(len, groups))
+  return np.array([group[:shortest] for group in groups])
 
 
 def _plain_scores(target, centers, own, fixed):
@@ -165,11 +171,6 @@ def _plain_scores(target, centers, own, fixed):
     "offline, fixed variance": -log_density(1, fixed),
     "global": target,
   }
-
-
-def _fixed_deviations(shadows, members):
-  wide = shadows.astype(np.float64)
-  return np.std(wide[members]), np.std(wide[~members])
 
 
 def _plain_rates(scores, inside):
@@ -195,7 +196,7 @@ def draw(models, examples, views):
     noise = rng.standard_normal((*members.shape, 1)) + 0.3 * rng.standard_normal(
       (*members.shape, views)
     )
-    return center + gap * members[..., None] + noise
+    return (center + gap * members[..., None] + noise).astype(np.float32)
 
   return scores(members), members, scores(inside), inside
 
