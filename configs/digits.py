@@ -19,6 +19,9 @@ def get_config(arg=""):
   config.train.models = args["models"]
   config.train.epochs = args["epochs"]
   config.train.checkpoint_minutes = 1.0
+  # With 14 shadows a variance per example is a coarse guess; the pooled one is steady.
+  attacks = ("lira_online_pooled", "lira_online", "lira_offline_pooled", "loss_threshold")
+  config.attack.attacks = attacks
   config.quantize.last_layer_levels = ("same", 256)
   for section, key in (
     (config.train, "augmentation"),

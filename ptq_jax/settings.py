@@ -75,7 +75,7 @@ def audit_defaults() -> Config:
       obc=config_dict.ConfigDict(),
     ),
     attack=dict(
-      attacks=("lira_online", "lira_offline", "loss_threshold"),
+      attacks=("lira_online", "lira_online_pooled", "lira_offline", "loss_threshold"),  # main first
       fprs=(0.01, 0.001),
       resamples=1000,  # of the bootstrap
       confidence=0.95,
