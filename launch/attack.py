@@ -4,9 +4,17 @@
 
 Reads the scores in WORKDIR, writes WORKDIR/results.jsonl. Every quantized target meets two
 attackers: one whose shadows stay in full precision, and one who quantized them like the target.
+
+    bash launch/run attack --scores shadows.npz --targets targets.npz --workdir runs/mine
+
+attacks scores that any framework saved, and reports. shadows.npz holds `scores` float[M, E, V]
+(or [M, E]; higher means member, such as the logit-scaled confidence) and `members` bool[M, E];
+targets.npz the same of T targets, on the same examples. Without --targets every shadow is target
+once. For a "class_threshold" among attack.attacks, shadows.npz also needs `labels` int[E].
 """
 
 import datetime
+import pathlib
 import shlex
 import sys
 from typing import NamedTuple
@@ -14,22 +22,35 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from launch import report
 from launch.progress import Progress
 from launch.workdir import FULL_PRECISION, Audit, open_audit, variant_name
 from ptq_jax import settings, storage
 from ptq_jax.attack import exposure, guards, protocol
 from ptq_jax.data import duplicates
 from ptq_jax.metrics import intervals, leakage
-from ptq_jax.report import records
+from ptq_jax.report import records, tables
 from ptq_jax.report.records import Variant
 
 NUM_PICTURES = 24
 """So many of the most exposed examples are shown."""
 
 
-def run(config, workdir) -> None:
-  """The stage alone."""
-  attack(open_audit(config, workdir))
+OPTIONS = {
+  "scores": "An .npz file of shadow scores to attack instead of an audit's.",
+  "targets": "With --scores: an .npz file of target scores.",
+}
+"""Further flags."""
+
+
+def run(config, workdir, scores=None, targets=None) -> None:
+  """The stage alone, or an attack on saved scores."""
+  if scores:
+    attack_files(config, storage.require_writable(workdir), scores, targets)
+  elif targets:
+    raise ValueError("--targets needs --scores, the scores of the shadows.")
+  else:
+    attack(open_audit(config, workdir))
 
 
 def attack(audit: Audit) -> None:
@@ -79,7 +100,8 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
       if name == main and not is_full:
         groups |= member_groups(audit, own["calibration"])
       for group, audited in groups.items():
-        summary = summarise(audit, number, rows, audited)
+        key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
+        summary = summarise(audit.config.attack, key, rows, target_members(audit), audited=audited)
         found.append(
           records.make(
             "leakage", attacker=attacker, attack=name, members=group, **common, **summary
@@ -89,13 +111,12 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
   return Attacked(found, scores[main])
 
 
-def summarise(audit: Audit, number: int, scores, audited) -> dict:
-  """Metrics with intervals of one attack; attacks of all variants share their resamples."""
-  options = audit.config.attack
+def summarise(options, key, scores, members, *, audited=None) -> dict:
+  """Metrics of one attack with intervals; `options` is the attack section of a config."""
   return leakage.summarise(
-    jax.random.fold_in(audit.key("bootstrap"), number),
+    key,
     scores,
-    target_members(audit),
+    members,
     fprs=tuple(options.fprs),
     audited=audited,
     num_resamples=options.resamples,
@@ -257,8 +278,8 @@ def run_record(audit: Audit, inputs: str) -> dict:
   return records.run(
     name=config.name,
     config=settings.plain(config),
-    command=shlex.join(["python", "-m", "launch.audit", *sys.argv[1:]]),
-    date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    command=command_line(),
+    date=today(),
     seconds=audit.seconds(),
     data={
       "name": data.name,
@@ -297,8 +318,87 @@ def is_current(path, inputs: str) -> bool:
   return bool(runs) and runs[0].get("inputs") == inputs
 
 
+def attack_files(config, workdir: pathlib.Path, shadows: str, targets: str | None) -> None:
+  """Attacks saved scores and writes the same report as for an audit.
+
+  Raises:
+    ValueError: arrays that are missing or do not fit.
+    FileNotFoundError: no such file.
+  """
+  own = read_scores(shadows)
+  attacked = read_scores(targets) if targets else own
+  options = {"attacks": tuple(config.attack.attacks), "labels": own.get("labels")}
+  if targets:
+    found = protocol.dedicated_targets(own["scores"], own["members"], attacked["scores"], **options)
+  else:
+    found = protocol.leave_one_out(own["scores"], own["members"], **options)
+  key = jax.random.key(config.seed)
+  leaks = [
+    records.make(
+      "leakage",
+      **FULL_PRECISION._asdict(),
+      attacker="full_precision",
+      attack=name,
+      bits_per_weight=None,
+      size_kb=None,
+      test_accuracy=records.number(None),
+      **summarise(config.attack, jax.random.fold_in(key, number), rows, attacked["members"]),
+    )
+    for number, (name, rows) in enumerate(found.items())
+  ]
+  files = {"name": shadows if targets is None else f"{shadows}, {targets}"}
+  run_ = records.run(
+    name=pathlib.Path(shadows).stem,
+    config={"attack": settings.plain(config.attack), "seed": config.seed},
+    command=command_line(),
+    date=today(),
+    seconds={},
+    data=files | {"pool_size": own["scores"].shape[1]},
+    model={"name": "unknown"},
+    models=len(own["scores"]),
+    targets=len(attacked["scores"]),
+    protocol="dedicated targets" if targets else "leave-one-out",
+  )
+  storage.write_records(workdir / "results.jsonl", [run_, *leaks])
+  report.report(workdir)
+  print(tables.to_text(tables.attacks(leaks)))
+
+
+def read_scores(path: str) -> dict[str, np.ndarray]:
+  """`scores` [N, E, V], `members` and perhaps `labels` of an .npz file, checked.
+
+  Raises:
+    FileNotFoundError, ValueError: one sentence that names the file.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f"{path} does not exist; --scores and --targets name .npz files.")
+  arrays = storage.load_arrays(path)
+  for name in ("scores", "members"):
+    if name not in arrays:
+      raise ValueError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}.")
+  scores, members = arrays["scores"], arrays["members"].astype(bool)
+  scores = scores[:, :, None] if scores.ndim == 2 else scores
+  if scores.ndim != 3 or members.shape != scores.shape[:2]:
+    raise ValueError(
+      f"{path} has scores of shape {arrays['scores'].shape} and members {members.shape}; they must "
+      "be [models, examples, views] and [models, examples]."
+    )
+  return arrays | {"scores": scores, "members": members}
+
+
+def command_line() -> str:
+  """How this program was called."""
+  return shlex.join(["python", "-m", f"launch.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def today() -> str:
+  return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
 def main() -> None:
-  settings.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+  settings.launch(
+    run, config="configs/digits.py", workdir="runs/digits", description=__doc__, options=OPTIONS
+  )
 
 
 if __name__ == "__main__":

@@ -85,19 +85,28 @@ def audit_defaults() -> Config:
 
 
 def launch(
-  run: Callable[[Config, pathlib.Path], None], *, config: str, workdir: str, description: str
+  run: Callable[..., None],
+  *,
+  config: str,
+  workdir: str,
+  description: str,
+  options: Mapping[str, str] | None = None,
 ) -> None:
-  """A launcher's `main`: parses the flags, calls `run(config, workdir)`, sets the exit code.
+  """A launcher's `main`: parses the flags, calls `run(config, workdir, **options)`, sets the code.
 
   Args:
     run: one stage, or all of them.
     config: the default of --config, a path.
     workdir: the default of --workdir.
     description: what `--help` says first.
+    options: help texts of further flags by name; their values are strings, or None.
   """
+  options = options or {}
+  for name, text in options.items():
+    flags.DEFINE_string(name, None, text)
   values, where, debug = _define_flags(config, workdir)
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-    print(_help(description, flags.FLAGS["config"].value))
+    print(_help(description, flags.FLAGS["config"].value, options))
     sys.exit(0)
 
   def main(arguments: Sequence[str]) -> None:
@@ -107,7 +116,8 @@ def launch(
       if len(arguments) > 1:
         raise ValueError(f"{arguments[1]!r} is not a flag; flags start with --, see --help.")
       use_compilation_cache(flags.FLAGS.compilation_cache)
-      run(_checked(values.value), pathlib.Path(where.value))
+      chosen = {name: flags.FLAGS[name].value for name in options}
+      run(_checked(values.value), pathlib.Path(where.value), **chosen)
     except KeyboardInterrupt:
       sys.exit(_say("interrupted; the same command goes on from what is saved.", INTERRUPTED))
     except Exception as error:
@@ -132,9 +142,9 @@ def _define_flags(config, workdir):
   return values, where, debug
 
 
-def _help(description, config):
+def _help(description, config, options):
   """What --help prints: the purpose, the flags, every key of the config with its default."""
-  own = ("config", "workdir", "debug", "compilation_cache")
+  own = ("config", "workdir", *options, "debug", "compilation_cache")
   lines = [f"  --{name}: {flags.FLAGS[name].help}" for name in own]
   keys = _dotted(plain(config)) if isinstance(config, Config) else {}
   lines += ["", "Keys of the config, as --config.KEY=VALUE, with the values of this --config:"]

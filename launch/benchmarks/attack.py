@@ -4,16 +4,19 @@
 
 The plain loop takes each example's "in" and "out" scores, their median and standard deviation, and
 SciPy's log density, one example after the other, then scikit-learn's ROC. It scales linearly;
---plain_examples times a part of it and says so. Compilation is shown apart. --stream instead runs
+--plain_examples times a part of it and says so. A second plain version only gathers in a loop, as
+the public LiRA script does. Ratios are of wall time, and of processor time in brackets. --stream instead runs
 256 shadows x 100 000 examples x 18 views from a file on disk and reports the peak of memory.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import resource
 import tempfile
 import time
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,35 +35,39 @@ VARIANTS = {
 FPRS = (0.01, 0.001)
 
 
+class Times(NamedTuple):
+  """What one call took, in seconds."""
+
+  wall: float
+  processor: float  # summed over cores: hardly moved by what else the machine does
+
+  def __str__(self):
+    return f"{self.wall:.3f} s ({self.processor:.3f} s of processor)"
+
+
 def main(argv: list[str]) -> None:
-  """Prints the times, their ratio, and the largest difference of the results."""
+  """Prints the times and their ratios; stops if the results differ."""
   flags = _parser().parse_args(argv)
   if flags.stream:
     stream(flags.folder)
     return
-  shadows, members, target, inside = draw(flags.models, flags.examples, flags.views)
-  print(f"{flags.models} shadows x {flags.examples} examples x {flags.views} views; ", end="")
-  print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
-  first = timed(lambda: ours(shadows, members, target, inside))
-  seconds, (scores, rates) = min(
-    (timed(lambda: ours(shadows, members, target, inside)) for _ in range(flags.repeats)),
-    key=lambda pair: pair[0],
-  )
-  print(f"ours: {seconds:.3f} s, after {first[0] - seconds:.1f} s of compilation once")
-  everyone = _models_as_targets(shadows, members)
-  timed(lambda: everyone(slice(0, 2000)))
-  print(
-    f"ours, every model as target (leave-one-out): {timed(lambda: everyone(slice(None)))[0]:.3f} s"
-  )
+  data = draw(flags.models, flags.examples, flags.views)
+  print(f"{flags.models} shadows x {flags.examples} examples x {flags.views} views, on ", end="")
+  print(f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+  first, _ = timed(lambda: ours(*data))
+  fastest, (scores, rates) = _fastest(lambda: ours(*data), flags.repeats)
+  print(f"ours: {fastest}, {first.wall - fastest.wall:.1f} s more the first time, to compile")
+  timed(lambda: leave_one_out(data[0][:, :2000], data[1][:, :2000]))
+  print(f"ours, every model as target: {_fastest(lambda: leave_one_out(*data[:2]), 2)[0]}")
   part = min(flags.plain_examples or flags.examples, flags.examples)
-  names = "plain loop", "plain gathering, then arrays"
-  for name, function in zip(names, (plain_loop, plain_gathering), strict=True):
-    wide = shadows[:, :part].astype(np.float64), target[:part].astype(np.float64)
-    some = (wide[0], members[:, :part], wide[1], inside[:part])
-    plain_seconds, (plain_scores, plain_rates) = timed(lambda f=function, a=some: f(*a))
-    scaled = plain_seconds * flags.examples / part
-    note = "" if part == flags.examples else f" (from {part} examples)"
-    print(f"{name}: {scaled:.1f} s{note}; ratio {scaled / seconds:.0f}")
+  some = (data[0][:, :part].astype(np.float64), data[1][:, :part])
+  some += (data[2][:part].astype(np.float64), data[3][:part])
+  for name, function in PLAIN.items():
+    times, (plain_scores, plain_rates) = timed(lambda f=function: f(*some))
+    scaled = Times(*(value * flags.examples / part for value in times))
+    note = "" if part == flags.examples else f", scaled from {part} examples"
+    wall, processor = (theirs / mine for theirs, mine in zip(scaled, fastest, strict=True))
+    print(f"{name}: {scaled}{note}; ratio {wall:.0f} ({processor:.0f})")
     if part == flags.examples:
       for variant, row in plain_scores.items():
         np.testing.assert_allclose(scores[variant], row, rtol=1e-8, atol=1e-8)
@@ -85,7 +92,7 @@ def stream(folder: str | None, *, models=256, examples=100_000, views=18, target
     del file, noise
     before = peak_gigabytes()
     scores = np.load(path, mmap_mode="r")
-    seconds, rows = timed(
+    times, rows = timed(
       lambda: lira.attack(
         scores[:models], members[:models], scores[models:], variants=tuple(VARIANTS.values())
       )
@@ -96,7 +103,7 @@ def stream(folder: str | None, *, models=256, examples=100_000, views=18, target
     "examples": examples,
     "views": views,
     "targets": targets,
-    "seconds": round(seconds, 1),
+    "seconds": round(times.wall, 1),
     "online_auc": round(float(area), 4),
     "peak_gigabytes_before": round(before, 2),
     "peak_gigabytes": round(peak_gigabytes(), 2),
@@ -116,17 +123,11 @@ def _rates(curve):
   return [roc.area(curve), *points]
 
 
-def _models_as_targets(shadows, members):
-  def attack(index):
-    return lira.attack(
-      shadows[:, index],
-      members[:, index],
-      shadows[:, index],
-      variants=tuple(VARIANTS.values()),
-      left_out=np.arange(len(shadows))[:, None],
-    )
-
-  return attack
+def leave_one_out(shadows, members):
+  """The four attacks that need shadows, on every model, by the others."""
+  left_out = np.arange(len(shadows))[:, None]
+  variants = tuple(VARIANTS.values())
+  return lira.attack(shadows, members, shadows, variants=variants, left_out=left_out)
 
 
 def plain_loop(shadows, members, target, inside):
@@ -201,11 +202,18 @@ def draw(models, examples, views):
   return scores(members), members, scores(inside), inside
 
 
-def timed(function):
-  """(seconds, result)."""
-  start = time.perf_counter()
+PLAIN = {"plain loop over examples": plain_loop, "loop that gathers, then arrays": plain_gathering}
+
+
+def timed(function) -> tuple[Times, Any]:
+  """What a call took, and its result."""
+  wall, processor = time.perf_counter(), time.process_time()
   result = function()
-  return time.perf_counter() - start, result
+  return Times(time.perf_counter() - wall, time.process_time() - processor), result
+
+
+def _fastest(function, repeats):
+  return min((timed(function) for _ in range(repeats)), key=lambda pair: pair[0].wall)
 
 
 def peak_gigabytes() -> float:
