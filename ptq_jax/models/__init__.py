@@ -5,7 +5,7 @@ import inspect
 
 import flax.linen as nn
 
-from ptq_jax.models import convnet, resnet
+from ptq_jax.models import convnet, resnet, wide_resnet
 
 ZOO = {
   "convnet": convnet.ConvNet,
@@ -14,6 +14,9 @@ ZOO = {
   "resnet20": resnet.resnet20,
   "resnet34": resnet.resnet34,
   "resnet50": resnet.resnet50,
+  "wide_resnet": wide_resnet.WideResNet,
+  "wide_resnet28_2": wide_resnet.wide_resnet28_2,
+  "wide_resnet28_10": wide_resnet.wide_resnet28_10,
 }
 
 

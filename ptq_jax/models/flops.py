@@ -1,0 +1,49 @@
+"""What one image costs: multiply-adds of the convolutions and dense layers of any Linen model.
+
+Normalisation, activations, pooling and the optimiser are not counted: they are below 1 % of the
+arithmetic of these networks. A multiply-add is two floating-point operations (FLOPs).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ptq_jax.models import units
+from ptq_jax.models.units import Layer
+
+PER_MULTIPLY_ADD = 2
+
+TRAINING_FACTOR = 3
+"""A training step is a forward pass, the gradient of the activations and that of the weights."""
+
+
+def of_layer(layer: Layer) -> int:
+  """Multiply-adds of one layer for one image: each weight once per output pixel."""
+  return math.prod(layer.kernel_shape) * layer.positions
+
+
+def multiply_adds(model: nn.Module, *, image_shape: tuple[int, ...]) -> int:
+  """Multiply-adds of a forward pass of one image; nothing is computed.
+
+  Args:
+    model: any Linen model that runs as `model.apply(variables, images, train=False)`.
+    image_shape: of one image, [H, W, c].
+  Raises:
+    ValueError: a shape that does not fit the model, or layers that cannot be counted; see
+      `units.layers`.
+  """
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  return sum(map(of_layer, units.layers(model, variables, images)))
+
+
+def forward(model: nn.Module, *, image_shape: tuple[int, ...]) -> int:
+  """FLOPs of a forward pass of one image; arguments and errors as `multiply_adds`."""
+  return PER_MULTIPLY_ADD * multiply_adds(model, image_shape=image_shape)
+
+
+def training(model: nn.Module, *, image_shape: tuple[int, ...]) -> int:
+  """FLOPs of training on one image once; arguments and errors as `multiply_adds`."""
+  return TRAINING_FACTOR * forward(model, image_shape=image_shape)
