@@ -5,8 +5,10 @@
 The plain loop takes each example's "in" and "out" scores, their median and standard deviation, and
 SciPy's log density, one example after the other, then scikit-learn's ROC. It scales linearly;
 --plain_examples times a part of it and says so. A second plain version only gathers in a loop, as
-the public LiRA script does. Ratios are of wall time, and of processor time in brackets. --stream instead runs
-256 shadows x 100 000 examples x 18 views from a file on disk and reports the peak of memory.
+the public LiRA script does. Ratios are of wall time, and of processor time in brackets.
+
+--stream instead runs 256 shadows x 100 000 examples x 18 views from a file on disk and reports the
+peak of memory.
 """
 
 import argparse

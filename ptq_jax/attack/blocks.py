@@ -92,7 +92,8 @@ def stream(inputs: Inputs) -> Iterator[tuple[slice, Block]]:
         )
     padding = inputs.size - (index.stop - start)
     weights = np.append(np.ones(index.stop - start), np.zeros(padding))
-    parts = [np.concatenate([p, np.repeat(p[:, -1:], padding, 1)], 1) for p in parts]
+    if padding:
+      parts = [np.concatenate([p, np.repeat(p[:, -1:], padding, 1)], 1) for p in parts]
     yield index, Block(*(jnp.asarray(part) for part in (*parts, weights)))
 
 

@@ -157,32 +157,37 @@ def attack(
   result = np.empty((len(variants), *target_scores.shape[:2]))
   with jax.enable_x64(True):
     removed = None if inputs.left_out is None else jnp.asarray(inputs.left_out)
-    shared = None
+    shared, kept = None, {}
     if any(variant.variance != "per_example" for variant in variants):
-      shared = _shared_deviations(inputs, removed)
+      shared, kept = _shared_deviations(inputs, removed)
     for index, block in blocks.stream(inputs):
-      sides = _sides(block, removed)
+      sides = kept.pop(index.start) if kept else _sides(block, removed)
       scores = np.asarray(_score(block.target_scores, sides, shared, variants=variants))
       result[:, :, index] = scores[:, :, : index.stop - index.start]
   return result
 
 
 class _Group(NamedTuple):
-  """The "in" (or "out") scores of each example, summarised so that one can be taken away again."""
+  """The "in" (or "out") scores of each column, summarised so that one can be taken away again.
 
-  count: Array  # int[1, B]
-  mean: Array  # float64[1, B, V]
-  squares: Array  # float64[1, B, V], sum of squared deviations from the mean
-  ordered: Array  # [M, B, V], ascending, +inf behind the last
+  A column is one view of one example, L = B V of them: long rows are what vector units like.
+  """
+
+  count: Array  # int[1, L]
+  mean: Array  # float64[1, L]
+  squares: Array  # float64[1, L], sum of squared deviations from the mean
+  ends: tuple[Array, Array]  # float64[1, L], smallest and largest
+  num_at_ends: tuple[Array, Array]  # int[1, L], how many are equal to these
+  ordered: Array  # [M, L], ascending, +inf behind the last
 
 
 class _Normal(NamedTuple):
   """Normal distributions, leading axis T, or 1 when all targets share them."""
 
-  count: Array  # int[T, B]
-  mean: Array  # float64[T, B, V]
-  median: Array  # float64[T, B, V]
-  squares: Array  # float64[T, B, V], sum of squared deviations from the mean
+  count: Array  # int[T, L]
+  mean: Array  # float64[T, L]
+  median: Array  # float64[T, L]
+  squares: Array  # float64[T, L], sum of squared deviations from the mean
 
 
 class _Deviations(NamedTuple):
@@ -196,65 +201,78 @@ class _Deviations(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("variants",))
 def _score(targets, sides, deviations, *, variants):
-  """float64[N, T, B]."""
-  targets = targets.astype(jnp.float64)
-  return jnp.stack([_score_one(variant, targets, sides, deviations) for variant in variants])
+  """[T, B, V] -> float64[N, T, B]."""
+  columns = targets.reshape(len(targets), -1).astype(jnp.float64)
+  rows = [_score_columns(variant, columns, sides, deviations) for variant in variants]
+  return jnp.stack([row.reshape(targets.shape).mean(axis=-1) for row in rows])
 
 
-def _score_one(variant, targets, sides, deviations):
-  """One variant for all targets: float64[T, B]."""
+def _score_columns(variant, targets, sides, deviations):
+  """One variant for all targets: float64[T, L]."""
   centers = [getattr(side, variant.center) for side in sides]
   if variant.variance == "per_example":
-    spreads = [jnp.sqrt(side.squares / side.count[..., None]) for side in sides]
+    spreads = [jnp.sqrt(side.squares / side.count) for side in sides]
   elif variant.variance == "pooled":
-    spreads = [deviations.pooled_in[:, None, None], deviations.pooled_out[:, None, None]]
+    spreads = [deviations.pooled_in[:, None], deviations.pooled_out[:, None]]
   elif variant.side == "online":
-    spreads = [deviations.total_in[:, None, None]] * 2
+    spreads = [deviations.total_in[:, None]] * 2
   else:
-    spreads = [deviations.total_out[:, None, None]] * 2
+    spreads = [deviations.total_out[:, None]] * 2
   z_in, z_out = [
     (targets - center) / (spread + MIN_DEVIATION)
     for center, spread in zip(centers, spreads, strict=True)
   ]
   log_spread_in, log_spread_out = [jnp.log(spread + MIN_DEVIATION) for spread in spreads]
   if variant.side == "online":
-    scores = (z_out - z_in) * (z_out + z_in) / 2 + log_spread_out - log_spread_in
-  elif variant.tail == "cdf":
-    scores = -jax.scipy.stats.norm.logsf(z_out)
-  else:
-    scores = jnp.square(z_out) / 2 + log_spread_out + np.log(2 * np.pi) / 2
-  return scores.mean(axis=-1)
+    return (z_out - z_in) * (z_out + z_in) / 2 + log_spread_out - log_spread_in
+  if variant.tail == "cdf":
+    return -jax.scipy.stats.norm.logsf(z_out)
+  return jnp.square(z_out) / 2 + log_spread_out + np.log(2 * np.pi) / 2
 
 
 @jax.jit
 def _sides(block, left_out):
   """The normal distributions of "in" and "out" for each target (or for all alike)."""
-  members = (block.shadow_members, ~block.shadow_members)
-  groups = [_group(block.shadow_scores, chosen) for chosen in members]
+  scores, members = _columns(block)
+  chosen = (members, ~members)
+  groups = [_group(scores, side) for side in chosen]
   if left_out is None:
     return [_whole(group) for group in groups]
-  scores = block.shadow_scores[left_out]  # [T, K, B, V]
   return [
-    _without(group, *_leaving(scores, chosen[left_out]))
-    for group, chosen in zip(groups, members, strict=True)
+    _without(group, *_leaving(scores[left_out], side[left_out]))
+    for group, side in zip(groups, chosen, strict=True)
   ]
 
 
+def _columns(block):
+  """Shadow scores and members as [M, L]."""
+  scores = block.shadow_scores
+  members = jnp.broadcast_to(block.shadow_members[..., None], scores.shape)
+  return scores.reshape(len(scores), -1), members.reshape(len(scores), -1)
+
+
 def _leaving(scores, leaves):
-  """The one score among the K left-out ones that leaves a group, and whether there is one."""
+  """The one of the K left-out scores that leaves a group, [T, L], and whether there is one."""
   first = jnp.argmax(leaves, axis=1)
-  return jnp.take_along_axis(scores, first[:, None, :, None], axis=1)[:, 0], leaves.any(axis=1)
+  return jnp.take_along_axis(scores, first[:, None], axis=1)[:, 0], leaves.any(axis=1)
 
 
 def _group(scores, chosen):
-  ordered = _sort(jnp.where(chosen[..., None], scores, jnp.inf))
   count = chosen.sum(axis=0, keepdims=True)
-  weights = chosen[..., None].astype(jnp.float64)
   wide = scores.astype(jnp.float64)
-  mean = (weights * wide).sum(axis=0, keepdims=True) / jnp.maximum(count, 1)[..., None]
-  squares = (weights * jnp.square(wide - mean)).sum(axis=0, keepdims=True)
-  equal = _take(ordered, jnp.zeros_like(count)) == _take(ordered, count - 1)
-  return _Group(count, mean, jnp.where(equal, 0.0, squares), ordered)
+  mean = jnp.where(chosen, wide, 0).sum(axis=0, keepdims=True) / jnp.maximum(count, 1)
+  squares = jnp.where(chosen, jnp.square(wide - mean), 0).sum(axis=0, keepdims=True)
+  smallest = jnp.where(chosen, scores, jnp.inf).min(axis=0, keepdims=True)
+  largest = jnp.where(chosen, scores, -jnp.inf).max(axis=0, keepdims=True)
+  num_at_ends = [(chosen & (scores == end)).sum(0, keepdims=True) for end in (smallest, largest)]
+  return _Group(
+    count=count,
+    mean=mean,
+    squares=jnp.where(smallest == largest, 0.0, squares),
+    ends=(smallest.astype(jnp.float64), largest.astype(jnp.float64)),
+    num_at_ends=tuple(num_at_ends),
+    ordered=_sort(jnp.where(chosen, scores, jnp.inf)),
+  )
 
 
 def _sort(values):
@@ -284,9 +302,9 @@ def _sort(values):
 
 
 def _take(ordered, rank):
-  """The scores [1, B, V] at a rank int[1, B] per example, clipped to the ranks there are."""
+  """The scores [1, L] at a rank int[1, L] per column, clipped to the ranks there are."""
   rank = jnp.clip(rank, 0, len(ordered) - 1)
-  return jnp.take_along_axis(ordered, rank[..., None], axis=0).astype(jnp.float64)
+  return jnp.take_along_axis(ordered, rank, axis=0).astype(jnp.float64)
 
 
 def _whole(group):
@@ -302,74 +320,70 @@ def _without(group, removed, is_removed):
   Order statistic k of the rest is that of the whole where it lies below the removed score, and
   number k + 1 of the whole otherwise. Mean and squares follow from the centered update (Welford
   backwards), whose rounding error is float64's times the squares before over the squares after.
-  The rest is exactly constant when its ends agree; then the squares are set to zero.
+  Where all of the rest are equal the squares are set to exactly zero.
 
   Args:
-    group: n scores per example.
-    removed: [T, B, V], the score to take away.
-    is_removed: bool[T, B], whether it is in this group at all.
+    group: n scores per column.
+    removed: [T, L], the score to take away.
+    is_removed: bool[T, L], whether it is in this group at all.
   """
-  n, ordered, whole = group.count, group.ordered, _whole(group)
+  n, whole = group.count, _whole(group)
   removed = removed.astype(jnp.float64)
-  middle = [_take(ordered, (n - 2) // 2 + i) for i in range(3)]
+  middle = [_take(group.ordered, (n - 2) // 2 + i) for i in range(3)]
   lower = jnp.where(middle[0] < removed, middle[0], middle[1])
   upper = jnp.where(middle[1] < removed, middle[1], middle[2])
-  median = jnp.where((n % 2 == 0)[..., None], lower, (lower + upper) / 2)
-  first, second, last_but_one, last = [
-    _take(ordered, rank) for rank in (0 * n, 0 * n + 1, n - 2, n - 1)
-  ]
-  smallest = jnp.where(removed <= first, second, first)
-  largest = jnp.where(removed >= last, last_but_one, last)
-  rest = jnp.maximum(n - 1, 1)[..., None]
+  median = jnp.where(n % 2 == 0, lower, (lower + upper) / 2)
+  rest = jnp.maximum(n - 1, 1)
   offset = removed - group.mean
-  squares = jnp.maximum(group.squares - jnp.square(offset) * (n[..., None] / rest), 0)
-  squares = jnp.where(smallest == largest, 0.0, squares)
-  leaves = is_removed[..., None]
+  squares = jnp.maximum(group.squares - jnp.square(offset) * (n / rest), 0)
+  (smallest, largest), (num_smallest, num_largest) = group.ends, group.num_at_ends
+  rest_is_equal = (smallest == largest) | jnp.where(
+    removed == largest, num_smallest == rest, (num_largest == rest) & (removed == smallest)
+  )
   return _Normal(
     count=n - is_removed,
-    mean=jnp.where(leaves, group.mean - offset / rest, whole.mean),
-    median=jnp.where(leaves, median, whole.median),
-    squares=jnp.where(leaves, squares, whole.squares),
+    mean=jnp.where(is_removed, group.mean - offset / rest, whole.mean),
+    median=jnp.where(is_removed, median, whole.median),
+    squares=jnp.where(is_removed, jnp.where(rest_is_equal, 0.0, squares), whole.squares),
   )
 
 
 def _shared_deviations(inputs, left_out):
-  """First pass over the blocks: the standard deviations that all examples share."""
+  """First pass over the blocks: the standard deviations that all examples share.
+
+  Also what was fitted to each block, by its first example, to be used again: 64 bytes per example
+  and view when all targets share it, but too large to keep when each target has its own.
+  """
   first = np.asarray(inputs.shadow_scores[:, : inputs.size])
   pivot = jnp.float64(first.mean(dtype=np.float64))
-  sums = None
-  for _, block in blocks.stream(inputs):
-    more = _moments(block, left_out, pivot)
+  sums, kept = None, {}
+  for index, block in blocks.stream(inputs):
+    sides = _sides(block, left_out)
+    if left_out is None:
+      kept[index.start] = sides
+    more = _moments(block, sides, pivot)
     sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
-  pooled_in, pooled_out = [jnp.sqrt(squares / count) for squares, count, _ in sums]
-  total_in, total_out = [_total_deviation(powers, left_out) for _, _, powers in sums]
-  return _Deviations(pooled_in, pooled_out, total_in, total_out)
-
-
-def _total_deviation(powers, left_out):
-  """Around the common mean of all scores, from each model's zeroth to second moments [3, M]."""
-  rest = powers.sum(axis=1)[:, None]
-  if left_out is not None:
-    rest = rest - powers[:, left_out].sum(axis=2)
-  return jnp.sqrt(jnp.maximum(rest[2] / rest[0] - jnp.square(rest[1] / rest[0]), 0))
+  pooled_in, pooled_out = [jnp.sqrt(within / total[0]) for within, total in sums]
+  total_in, total_out = [
+    jnp.sqrt(jnp.maximum(total[2] / total[0] - jnp.square(total[1] / total[0]), 0))
+    for _, total in sums
+  ]
+  return _Deviations(pooled_in, pooled_out, total_in, total_out), kept
 
 
 @jax.jit
-def _moments(block, left_out, pivot):
-  """For "in" and "out": squares [T or 1] and counts of the pooled variance, moments [3, M].
+def _moments(block, sides, pivot):
+  """For "in" and "out": squares within columns [T or 1]; moments 0, 1, 2 of all scores [3, T or 1].
 
   The moments are taken about `pivot`, a value amid the scores, so that they do not cancel.
   """
-  num_views = block.shadow_scores.shape[-1]
-  shifted = block.shadow_scores.astype(jnp.float64) - pivot
-  sides = _sides(block, left_out)
+  weights = jnp.repeat(block.weights, block.shadow_scores.shape[-1])[None]
   sums = []
-  for side, chosen in zip(sides, (block.shadow_members, ~block.shadow_members), strict=True):
-    squares = (side.squares * block.weights[None, :, None]).sum(axis=(1, 2))
-    count = (side.count * block.weights[None]).sum(axis=1) * num_views
-    weights = (chosen * block.weights[None])[..., None]
-    powers = [jnp.ones_like(shifted), shifted, jnp.square(shifted)]
-    sums.append((squares, count, jnp.stack([(weights * p).sum(axis=(1, 2)) for p in powers])))
+  for side in sides:
+    within, count = side.squares * weights, side.count * weights
+    offset = side.mean - pivot
+    powers = [count, count * offset, within + count * jnp.square(offset)]
+    sums.append((within.sum(axis=1), jnp.stack([power.sum(axis=1) for power in powers])))
   return sums
 
 
