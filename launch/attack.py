@@ -56,6 +56,7 @@ def run(config, workdir, scores=None, targets=None) -> None:
 def attack(audit: Audit) -> None:
   """Attacks, unless the results of exactly these scores and settings are there already."""
   variants = [FULL_PRECISION, *audit.variants()]
+  audit.wait_for_others(variants)
   inputs = fingerprint_of_inputs(audit, variants)
   path = audit.root / "results.jsonl"
   if path.exists() and is_current(path, inputs):

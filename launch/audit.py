@@ -6,6 +6,8 @@
 Run it again and it does nothing but print the table; kill it and run it again and it goes on.
 """
 
+import jax
+
 from launch import attack, quantize, report, train_shadows
 from launch.workdir import open_audit, variant_name
 from ptq_jax import settings
@@ -25,8 +27,9 @@ def run(config, workdir) -> None:
   )
   train_shadows.train(audit)
   quantize.quantize(audit)
-  attack.attack(audit)
-  report.report(audit.root)
+  if jax.process_index() == 0:
+    attack.attack(audit)
+    report.report(audit.root)
 
 
 def main() -> None:

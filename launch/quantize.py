@@ -27,7 +27,7 @@ def run(config, workdir) -> None:
 
 def quantize(audit: Audit) -> None:
   """Quantizes what is missing."""
-  chunks, variants = audit.chunks(), audit.variants()
+  chunks, variants = audit.own_chunks(), audit.variants()
   pending = {
     chunk: [variant for variant in variants if audit.pending(variant, chunk)] for chunk in chunks
   }

@@ -17,6 +17,7 @@ from launch.progress import Progress
 from launch.workdir import FULL_PRECISION, Audit, Chunk, open_audit
 from ptq_jax import settings, storage
 from ptq_jax.data import membership
+from ptq_jax.models import parallel
 from ptq_jax.quantize import pack
 from ptq_jax.train import fit, shadows
 
@@ -28,7 +29,7 @@ def run(config, workdir) -> None:
 
 def train(audit: Audit) -> None:
   """Trains what is missing."""
-  chunks = audit.chunks()
+  chunks = audit.own_chunks()
   pending = [chunk for chunk in chunks if audit.pending(FULL_PRECISION, chunk)]
   if not pending:
     return
@@ -43,51 +44,54 @@ def train(audit: Audit) -> None:
 
 def train_chunk(audit: Audit, chunk: Chunk, progress: Progress):
   """Trained variables of a chunk, stacked: from its checkpoint, or trained and then saved."""
-  directory, recipe, epochs = audit.model_directory(chunk), audit.recipe, audit.config.train.epochs
+  directory, epochs = audit.model_directory(chunk), audit.config.train.epochs
   with storage.Checkpoints(directory / "trained") as trained:
     saved = trained.restore(states_like(audit, chunk).variables)
     report_skipped(saved, progress)
     if saved.tree is not None:
       progress.advance(len(chunk) * epochs)
       return saved.tree
-    for epoch in train_epochs(audit, chunk, recipe, progress):
-      variables = epoch.states.variables
+    variables = train_epochs(audit, chunk, progress).variables
     trained.save(epochs, variables, {"chunk": chunk.name})
   shutil.rmtree(directory / "training")
   return variables
 
 
-def train_epochs(audit: Audit, chunk: Chunk, recipe: fit.Recipe, progress: Progress):
-  """Trains a chunk from where it was, with a checkpoint every few minutes."""
+def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
+  """Trains a chunk from where it was, with a checkpoint every few minutes and when stopped."""
   train, data = audit.config.train, audit.dataset
   keys = shadows.model_keys(audit.key(chunk.group), jnp.asarray(chunk.ids))
   members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
-  with storage.Checkpoints(audit.model_directory(chunk) / "training") as checkpoints:
+  directory = audit.model_directory(chunk) / "training"
+  with storage.Checkpoints(directory) as checkpoints, settings.stops_deferred() as stopped:
     saved = checkpoints.restore(states_like(audit, chunk))
     report_skipped(saved, progress)
     states = saved.tree
     if states is None:
-      states = shadows.init(keys, recipe, image_shape=data.image_shape)
+      states = shadows.init(keys, audit.recipe, image_shape=data.image_shape)
     progress.advance(len(chunk) * saved.step)
     last_saved = time.monotonic()
     for epoch in shadows.epochs(
       jax.tree.map(jnp.asarray, states),
       keys,
-      recipe,
+      audit.recipe,
       jnp.asarray(data.train_images),
       jnp.asarray(data.train_labels),
       jnp.asarray(members),
       first=saved.step,
       last=train.epochs,
+      mesh=parallel.mesh_for(len(chunk)),
     ):
-      loss = float(epoch.metrics.loss.mean())
+      states, loss = epoch.states, float(epoch.metrics.loss.mean())
       progress.advance(len(chunk), f"{chunk.name}, epoch {epoch.epoch}, loss {loss:.3f}")
-      if (
-        time.monotonic() - last_saved > 60 * train.checkpoint_minutes or epoch.epoch == train.epochs
-      ):
-        checkpoints.save(epoch.epoch, epoch.states, {"chunk": chunk.name})
+      minutes = (time.monotonic() - last_saved) / 60
+      if stopped() or minutes > train.checkpoint_minutes:
+        checkpoints.save(epoch.epoch, states, {"chunk": chunk.name})
         last_saved = time.monotonic()
-      yield epoch
+      if stopped():
+        checkpoints.wait()
+        raise stopped()
+  return states
 
 
 def load_variables(audit: Audit, chunk: Chunk):

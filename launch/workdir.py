@@ -13,7 +13,6 @@ them, "full_precision" or "adaround-3-256". Both are the units in which work is 
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 import time
@@ -199,6 +198,16 @@ class Audit:
       for chunk in _cover(group, len(rows), size, self._begun(group))
     ]
 
+  def own_chunks(self) -> list[Chunk]:
+    """The chunks that this process trains and quantizes: its share of all."""
+    return self.chunks()[jax.process_index() :: jax.process_count()]
+
+  def wait_for_others(self, variants: Sequence[Variant]) -> None:
+    """Until the other processes have written their scores."""
+    paths = [self.scores_path(variant, chunk) for variant in variants for chunk in self.chunks()]
+    while jax.process_count() > 1 and not all(path.exists() for path in paths):
+      time.sleep(1)
+
   def _begun(self, group):
     pattern = re.compile(rf"{group}-(\d+)-(\d+)")
     names = [path.name for path in (self.root / "models").glob(f"{group}-*")]
@@ -297,7 +306,9 @@ class Audit:
     }
 
   def add_seconds(self, stage: str, seconds: float) -> None:
-    """Adds to the time that a stage has taken, over all runs."""
+    """Adds to the time that a stage has taken, over all runs; the first process keeps the books."""
+    if jax.process_index():
+      return
     total = self.seconds()
     storage.write_json(
       self.root / "seconds.json", total | {stage: round(total.get(stage, 0.0) + seconds, 2)}
@@ -343,14 +354,14 @@ def open_audit(config: settings.Config, root: pathlib.Path) -> Audit:
       f"the {config.data.name} data changed since {root} was begun; use another --workdir."
     )
   current = {"config": settings.plain(config), "data": audit.dataset.fingerprint}
-  if not path.exists() or stored != json.loads(json.dumps(current)):
-    storage.write_json(path, current)
+  if jax.process_index() == 0 and (not path.exists() or stored != current):
     rows = audit.members
     storage.save_arrays(
       root / "membership.npz",
       members=rows["shadows"],
       target_members=rows.get("targets", np.zeros((0, rows["shadows"].shape[1]), bool)),
     )
+    storage.write_json(path, current)
   return audit
 
 

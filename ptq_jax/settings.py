@@ -4,15 +4,17 @@ The only module of the package that knows absl and ml_collections.
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -20,8 +22,11 @@ from ml_collections import config_dict, config_flags
 
 Config = config_dict.ConfigDict
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-"""Exit codes: what the user can repair, what went wrong while running, Ctrl-C."""
+USER_ERROR, FAILURE = 2, 1
+"""Exit codes: what the user can repair, and what went wrong while running.
+
+Stopped by a signal, a launcher exits with 128 and the signal's number, as shells do.
+"""
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 
@@ -110,22 +115,85 @@ def launch(
     sys.exit(0)
 
   def main(arguments: Sequence[str]) -> None:
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # absl's default also shows JAX's notes to itself
     try:
       if len(arguments) > 1:
         raise ValueError(f"{arguments[1]!r} is not a flag; flags start with --, see --help.")
       use_compilation_cache(flags.FLAGS.compilation_cache)
+      _join_processes()
       chosen = {name: flags.FLAGS[name].value for name in options}
       run(_checked(values.value), pathlib.Path(where.value), **chosen)
-    except KeyboardInterrupt:
-      sys.exit(_say("interrupted; the same command goes on from what is saved.", INTERRUPTED))
+    except Stopped as stopped:
+      _say(f"stopped by {stopped}; the same command goes on from what is saved.", 0)
+      sys.exit(128 + stopped.number)
     except Exception as error:
       if debug.value:
         raise
       sys.exit(_explain(error))
 
   app.run(main, flags_parser=_parse)
+
+
+class Stopped(KeyboardInterrupt):
+  """The user or the machine's scheduler asked the program to stop."""
+
+  def __init__(self, number: int):
+    super().__init__(signal.Signals(number).name)
+    self.number = number
+
+
+def _stop(number, _frame):
+  raise Stopped(number)
+
+
+@contextlib.contextmanager
+def stops_deferred() -> Iterator[Callable[[], Stopped | None]]:
+  """Inside, a first Ctrl-C or SIGTERM does not raise: the function yielded returns it instead.
+
+  So a loop can save its state at the next good moment and raise then. A second one raises at once.
+  """
+  asked: list[Stopped] = []
+
+  def remember(number, frame):
+    if asked:
+      _stop(number, frame)
+    asked.append(Stopped(number))
+
+  before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield lambda: asked[0] if asked else None
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _join_processes():
+  """Joins the other processes of a distributed run, if the flags say that there are any."""
+  import jax
+
+  values = {
+    name: flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")
+  }
+  if not flags.FLAGS.distributed and values["coordinator"] is None:
+    return
+  missing = [name for name, value in values.items() if value is None]
+  if values["coordinator"] is not None and missing:
+    raise ValueError(f"--coordinator also needs --{missing[0]}.")
+  try:
+    jax.distributed.initialize(
+      values["coordinator"],
+      values["num_processes"],
+      values["process_id"],
+      shutdown_timeout_seconds=7 * 24 * 3600,  # the first process attacks while others wait
+    )
+  except (RuntimeError, ValueError) as error:
+    raise RuntimeError(
+      f"the processes could not find each other ({str(error).splitlines()[0]}); give "
+      "--coordinator=HOST:PORT --num_processes=N --process_id=I."
+    ) from error
 
 
 def _define_flags(config, workdir):
@@ -139,12 +207,18 @@ def _define_flags(config, workdir):
   where = flags.DEFINE_string("workdir", workdir, "Where everything is written, and resumed from.")
   debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
   flags.DEFINE_string("compilation_cache", None, "Folder of JAX's compilation cache ('' for none).")
+  flags.DEFINE_bool("distributed", False, "Share the models with other processes that SLURM, Open"
+                    " MPI or a TPU pod started; all need the same --workdir.")  # fmt: skip
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, when nothing started them.")
+  flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are.")
+  flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
   return values, where, debug
 
 
 def _help(description, config, options):
   """What --help prints: the purpose, the flags, every key of the config with its default."""
-  own = ("config", "workdir", *options, "debug", "compilation_cache")
+  own = ("config", "workdir", *options, "debug", "compilation_cache", "distributed",
+         "coordinator", "num_processes", "process_id")  # fmt: skip
   lines = [f"  --{name}: {flags.FLAGS[name].help}" for name in own]
   keys = _dotted(plain(config)) if isinstance(config, Config) else {}
   lines += ["", "Keys of the config, as --config.KEY=VALUE, with the values of this --config:"]

@@ -178,7 +178,14 @@ class Checkpoints:
     logging.getLogger("absl").addFilter(_is_serious)  # Orbax logs every step it takes
     self._ocp = ocp
     self.directory = Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    process = jax.process_index()  # every process keeps checkpoints of its own models
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
+    )
+    self.directory.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=False, multiprocessing_options=alone
+    )
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def __enter__(self) -> "Checkpoints":

@@ -88,8 +88,8 @@ def test_failures_are_code_1_and_debug_shows_the_traceback():
 
 
 def test_interrupt_has_its_own_code():
-  done = launch(error="KeyboardInterrupt()")
-  assert done.returncode == settings.INTERRUPTED
+  done = launch(error="settings.Stopped(2)")
+  assert done.returncode == 130
   assert "goes on from what is saved" in done.stderr
 
 
