@@ -246,27 +246,13 @@ def objective(
   weight: float | Float[Array, ""],
   beta: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, "groups D K"]]:
-  """Equation 25 on the whole calibration set, and its gradient with respect to alpha.
-
-  The same as `rounding.soft_weights` and `rounding.regularizer` give, in one pass over alpha: at
-  this step's price the exponentials would otherwise cost more than the products.
-  """
-  sigmoid = jax.nn.sigmoid(alpha)
-  stretched = sigmoid * (rounding.ZETA - rounding.GAMMA) + rounding.GAMMA
-  h = jnp.clip(stretched, 0, 1)
-  slope = jnp.where(h == stretched, (rounding.ZETA - rounding.GAMMA) * sigmoid * (1 - sigmoid), 0)
-  steps = jnp.floor(weights / grid.scale) + grid.zero_point + h
-  inside = (steps > 0) & (steps < grid.levels - 1)
-  soft = (jnp.clip(steps, 0, grid.levels - 1) - grid.zero_point) * grid.scale
-  value, gradient = error(soft - weights, moments)
-  side = 2 * h - 1
-  power = jnp.exp((beta - 1) * jnp.log(jnp.maximum(jnp.abs(side), 1e-30)))  # |side|^(beta - 1)
-  term = jnp.sum(1 - power * jnp.abs(side))
-  pull = jnp.where(inside, grid.scale, 0) * gradient - 2 * weight * beta * power * jnp.sign(side)
-  return value + weight * term, slope * pull
+  """Equation 25 on the whole calibration set, and its gradient with respect to alpha."""
+  relaxed = reconstruct.relax(weights, alpha, grid, weight=weight, beta=beta)
+  value, gradient = error(relaxed.weights - weights, moments)
+  return value + relaxed.term, relaxed.gradient(gradient)
 
 
-def relax(
+def learn(
   weights: Float[Array, "groups D K"],
   grid: Grid,
   moments: Moments,
@@ -369,15 +355,15 @@ def _descend(up, jump, change, moments, sweeps):
 
 
 def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outcome:
-  """Quantizes one layer of every pair whose plan asks for it."""
+  """Quantizes one layer of every branch whose plans ask for it."""
   start = time.perf_counter()
   kernels, grids, levels = walk.fit_grids(site, layer, options)
   active = np.flatnonzero(levels)
   before, after, steps = (np.zeros(len(levels), dtype) for dtype in (float, float, int))
   if active.size:
-    chosen_grids = jax.tree.map(lambda leaf: leaf[active], grids)
+    chosen, chosen_grids = walk.rows((kernels, grids), active)
     found, before[active], after[active], steps[active] = solve(
-      site, layer, kernels[active], chosen_grids, active
+      site, layer, chosen, chosen_grids, active
     )
     walk.replace_kernels(site, layer, active, found)
   kept = {layer.path: grids._replace(levels=levels)}
@@ -385,17 +371,15 @@ def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outco
 
 
 def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
-  """The second-moment form: kernels, errors before and after, steps, of the active pairs."""
-  sums = jax.tree.map(
-    lambda *leaves: jnp.stack(leaves), *(_layer_moments(site, layer, index) for index in active)
-  )
+  """The second-moment form: kernels, errors before and after, steps, of the active branches."""
+  sums = walk.stack([_layer_moments(site, layer, index) for index in active])
   found, solution = _solve(layer, schedule, stop, sweeps, kernels, grids, sums)
   return found, *(np.asarray(part) for part in solution[1:])
 
 
 def _layer_moments(site: walk.Site, layer: Layer, index: int) -> Moments:
-  """Moments of a layer on all images of one pair."""
-  model_index = site.pairs[index].model
+  """Moments of a layer on all images of one branch."""
+  model_index = site.models[index]
   inputs, full_inputs = site.quantized_inputs[index], site.full_inputs[model_index]
   num_images = len(inputs)
   total = None
@@ -457,13 +441,13 @@ def solve(
   stop: Literal["plateau", "never"],
   sweeps: int,
 ) -> Solution:
-  """Rounds one layer by its moments: `relax`, round, `polish`, or nearest if that is better.
+  """Rounds one layer by its moments: `learn`, round, `polish`, or nearest if that is better.
 
   Args:
     weights: `capture.kernel_matrix` of the kernel.
     matrix_grid: scale and zero point [groups, 1, K].
   """
-  alpha, steps = relax(weights, matrix_grid, moments, schedule=schedule, stop=stop)
+  alpha, steps = learn(weights, matrix_grid, moments, schedule=schedule, stop=stop)
   codes = rounding.hard_codes(weights, alpha, matrix_grid)
   if sweeps:
     codes = polish(codes, weights, matrix_grid, moments, sweeps=sweeps)
@@ -503,19 +487,19 @@ class LayerRun(NamedTuple):
 
 
 def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
-  """The mini-batch form: kernels, errors before and after, steps, of the active pairs."""
+  """The mini-batch form: kernels, errors before and after, steps, of the active branches."""
   inputs, targets = [], []
   for index in active:
-    model_index = site.pairs[index].model
+    model_index = site.models[index]
     full, name = site.full[model_index], site.unit.name
     x = _layer_calls(site.model, name, layer, site.quantized[index], site.quantized_inputs[index])
     y = _layer_calls(site.model, name, layer, full, site.full_inputs[model_index])
     inputs.append(x.inputs)
     targets.append(_without_bias(full, layer, y.outputs))
   problems = reconstruct.Problem(
-    {layer.path: kernels}, {layer.path: grids}, {}, jnp.stack(inputs), jnp.stack(targets)
+    {layer.path: kernels}, {layer.path: grids}, {}, walk.stack(inputs), walk.stack(targets)
   )
-  keys = jnp.stack([site.keys[index] for index in active])
+  keys = walk.rows(site.keys, active)
   run = LayerRun(layer)
   alphas, steps = reconstruct.minimize(run, problems, keys, schedule=schedule, stop=stop)
   kernels, before, after = reconstruct.finish(

@@ -27,7 +27,7 @@ from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.plan import Levels, Plan, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
-SCHEDULE = Schedule(num_steps=500, learning_rate=0.01, weight=0.01)
+SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(0.8, 0.9))
 """Found by measurement (BUILD_NOTES.md)."""
 
 PAPER = Schedule(num_steps=20_000, learning_rate=1e-3, weight=0.01)
@@ -144,9 +144,7 @@ class UnitRun(NamedTuple):
     )
     if self.lowering == "native":
       return units.run(self.model.module, replaced, inputs, self.unit.name)
-    with nn.intercept_methods(
-      _convolve_by_patches({layer.path: layer for layer in self.unit.layers})
-    ):
+    with nn.intercept_methods(_convolve_by_patches(self.unit)):
       return units.run(self.model.module, replaced, inputs, self.unit.name)
 
 
@@ -169,17 +167,17 @@ def _convolve_by_patches(unit):
 
 
 def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
-  """Learns the roundings of one unit for every pair whose plan quantizes anything in it."""
+  """Learns the roundings of one unit for every branch whose plans quantize anything in it."""
   if not site.unit.layers:
     return []
   start = time.perf_counter()
   fitted = {layer: walk.fit_grids(site, layer, options.grid_options) for layer in site.unit.layers}
-  num = len(site.pairs)
+  num = len(site.models)
   before, after, steps = (np.zeros(num, dtype) for dtype in (float, float, int))
   for paths, active in _groups(site, fitted):
     problems = _problems(site, fitted, paths, active, options)
     run = UnitRun(Hashable(site.model), site.unit, "patches")
-    keys = jnp.stack([site.keys[index] for index in active])
+    keys = walk.rows(site.keys, active)
     alphas, steps[active] = reconstruct.minimize(
       run, problems, keys, schedule=options.schedule, stop=options.stop
     )
@@ -196,9 +194,9 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
 
 
 def _groups(site, fitted):
-  """Pairs of a site by which of the unit's layers their plans quantize: (layers, positions)."""
+  """Branches of a site by which of the unit's layers they quantize: (layers, positions)."""
   groups: dict[tuple, list[int]] = {}
-  for index in range(len(site.pairs)):
+  for index in range(len(site.models)):
     chosen = tuple(layer for layer, (_, _, levels) in fitted.items() if levels[index] > 0)
     if chosen:
       groups.setdefault(chosen, []).append(index)
@@ -206,21 +204,21 @@ def _groups(site, fitted):
 
 
 def _problems(site: walk.Site, fitted, layers, active, options: _Options) -> Problem:
-  """Stacked problems of the active pairs, which all quantize the same layers."""
-  models = sorted({site.pairs[index].model for index in active})
+  """Stacked problems of the active branches, which all quantize the same layers."""
+  models = sorted({site.models[index] for index in active})
   targets = {
     m: walk.run_unit(site.model, site.unit, site.full[m], site.full_inputs[m]) for m in models
   }
   importance = None
   if options.loss == "fisher":
     weights = {m: _importance(site, m, options.labels) for m in models}
-    importance = jnp.stack([weights[site.pairs[index].model] for index in active])
+    importance = walk.stack([weights[site.models[index]] for index in active])
   return Problem(
-    weights={layer.path: fitted[layer][0][active] for layer in layers},
-    grids={layer.path: trees.take(fitted[layer][1], active) for layer in layers},
-    variables=trees.stack([_of_unit(site.quantized[index], site.unit) for index in active]),
-    inputs=jnp.stack([site.quantized_inputs[index] for index in active]),
-    targets=jnp.stack([targets[site.pairs[index].model] for index in active]),
+    weights={layer.path: walk.rows(fitted[layer][0], active) for layer in layers},
+    grids={layer.path: walk.rows(fitted[layer][1], active) for layer in layers},
+    variables=walk.stack([_of_unit(site.quantized[index], site.unit) for index in active]),
+    inputs=walk.stack([site.quantized_inputs[index] for index in active]),
+    targets=walk.stack([targets[site.models[index]] for index in active]),
     importance=importance,
   )
 
@@ -240,7 +238,7 @@ def _importance(site: walk.Site, model_index: int, labels) -> Array:
   rest = tuple(names[names.index(site.unit.name) + 1 :])
   variables = site.full[model_index]
   outputs = walk.run_unit(site.model, site.unit, variables, site.full_inputs[model_index])
-  key = next(k for k, p in zip(site.keys, site.pairs, strict=True) if p.model == model_index)
+  key = site.keys[list(site.models).index(model_index)]
   own = None if labels is None else jnp.asarray(labels)[model_index]
   squares = []
   for index in capture.batches(np.arange(len(outputs)), capture.images_at_once(site.unit.layers)):

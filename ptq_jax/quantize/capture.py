@@ -204,10 +204,12 @@ def check(
   one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables)
   example = jax.ShapeDtypeStruct(np.shape(images)[1:], images.dtype)
   layers = units.layers(model, one, example)
-  if not bool(jnp.isfinite(jnp.asarray(images)).all()):
+  flat = trees.flatten(variables)
+  images_finite, *leaves_finite = _finite([images, *flat.values()])
+  if not images_finite:
     raise ValueError("calibration images hold NaN or infinite values.")
-  for path, leaf in trees.flatten(variables).items():
-    if not bool(jnp.isfinite(leaf).all()):
+  for path, finite in zip(flat, leaves_finite, strict=True):
+    if not finite:
       raise ValueError(f"{path!r} holds NaN or infinite values; was the model trained?")
   return layers
 
@@ -236,3 +238,8 @@ class Hashable:
 def _reduced_calls(function, model, layers, variables, images):
   captured = calls(model.module, variables, images, [layer.path for layer in layers])
   return {layer.path: function(layer, captured[layer.path].inputs) for layer in layers}
+
+
+@jax.jit
+def _finite(arrays):
+  return [jnp.isfinite(array).all() for array in arrays]

@@ -8,7 +8,7 @@ by soft-rounded ones and all alphas are optimised jointly by Adam. Many problems
 
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,7 @@ class Problem(NamedTuple):
   """Weights of the squared errors, of the targets' shape; None: all 1."""
 
 
+@runtime_checkable
 class Run(Protocol):
   """The unit as a function, hashable, so that equal units share one compilation."""
 
@@ -100,10 +101,7 @@ def minimize(
     alphas per layer path, and the steps taken, int [N].
   """
   check_stop(stop)
-  alphas = jax.vmap(_initial_alphas)(problems.weights, problems.grids)
-  optimizer_state = jax.vmap(schedule.optimizer().init)(alphas)
-  num = len(keys)
-  state = _State(alphas, optimizer_state, jnp.zeros(num, jnp.int32), jnp.zeros(num, bool))
+  state = _start(schedule, problems.weights, problems.grids)
   first = 0
   while first < schedule.num_steps:
     count = min(steps_per_call, schedule.num_steps - first)
@@ -124,16 +122,73 @@ def loss(
   *,
   weight: float | Float[Array, ""],
   beta: float | Float[Array, ""],
-) -> Float[Array, ""]:
-  """Reconstruction error of a batch of one problem plus the weighted rounding term."""
-  soft = {
-    path: rounding.soft_weights(problem.weights[path], alpha, problem.grids[path])
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+  """Reconstruction error of a batch of one problem plus the weighted rounding term.
+
+  Returns:
+    The loss and its gradient with respect to the alphas.
+  """
+  importance = None if problem.importance is None else problem.importance[index]
+  inputs, targets = problem.inputs[index], problem.targets[index]
+
+  def error(weights):
+    return output_error(run(weights, problem.variables, inputs), targets, importance)
+
+  relaxed = {
+    path: relax(problem.weights[path], alpha, problem.grids[path], weight=weight, beta=beta)
     for path, alpha in alphas.items()
   }
-  outputs = run(soft, problem.variables, problem.inputs[index])
-  importance = None if problem.importance is None else problem.importance[index]
-  terms = [rounding.regularizer(alpha, beta=beta) for alpha in alphas.values()]
-  return output_error(outputs, problem.targets[index], importance) + weight * sum(terms)
+  value, slopes = jax.value_and_grad(error)({path: r.weights for path, r in relaxed.items()})
+  total = value + sum(r.term for r in relaxed.values())
+  return total, {path: r.gradient(slopes[path]) for path, r in relaxed.items()}
+
+
+class Relaxed(NamedTuple):
+  """Soft-rounded weights, their rounding term, and how gradients pass through both."""
+
+  weights: Float[Array, "..."]
+  """`rounding.soft_weights`."""
+  term: Float[Array, ""]
+  """The weighted `rounding.regularizer`."""
+  slope: Float[Array, "..."]
+  """Of the weights with respect to alpha."""
+  term_slope: Float[Array, "..."]
+  """Of the term with respect to alpha."""
+
+  def gradient(self, weights_gradient: Float[Array, "..."]) -> Float[Array, "..."]:
+    """With respect to alpha, from that of a loss with respect to the soft weights."""
+    return self.slope * weights_gradient + self.term_slope
+
+
+def relax(
+  weights: Float[Array, "..."],
+  alpha: Float[Array, "..."],
+  grid: Grid,
+  *,
+  weight: float | Float[Array, ""],
+  beta: float | Float[Array, ""],
+) -> Relaxed:
+  """Soft rounding, the rounding term and their slopes in one pass over alpha.
+
+  The same as `rounding` with automatic differentiation, for a third of the time: in a step on
+  small layers these exponentials cost more than the matrix products.
+  """
+  width = rounding.ZETA - rounding.GAMMA
+  sigmoid = jax.nn.sigmoid(alpha)
+  stretched = sigmoid * width + rounding.GAMMA
+  h = jnp.clip(stretched, 0, 1)
+  h_slope = jnp.where(h == stretched, width * sigmoid * (1 - sigmoid), 0)
+  steps = jnp.floor(weights / grid.scale) + grid.zero_point + h
+  inside = (steps > 0) & (steps < grid.levels - 1)
+  soft = (jnp.clip(steps, 0, grid.levels - 1) - grid.zero_point) * grid.scale
+  side = 2 * h - 1
+  power = jnp.exp((beta - 1) * jnp.log(jnp.maximum(jnp.abs(side), 1e-30)))  # |side|^(beta - 1)
+  return Relaxed(
+    soft,
+    weight * jnp.sum(1 - power * jnp.abs(side)),
+    jnp.where(inside, grid.scale, 0) * h_slope,
+    -2 * weight * beta * power * jnp.sign(side) * h_slope,
+  )
 
 
 def output_error(
@@ -212,8 +267,14 @@ def check_stop(stop: str) -> None:
     raise ValueError(f'stop must be "plateau" or "never", got {stop!r}.')
 
 
-def _initial_alphas(weights, grids):
-  return {path: rounding.initial_alpha(weights[path], grids[path]) for path in weights}
+@functools.partial(jax.jit, static_argnums=0)
+def _start(schedule, weights, grids):
+  def one(weights, grids):
+    alphas = {path: rounding.initial_alpha(weights[path], grids[path]) for path in weights}
+    zero = jnp.zeros((), jnp.int32)
+    return _State(alphas, schedule.optimizer().init(alphas), zero, zero > 0)
+
+  return jax.vmap(one)(weights, grids)
 
 
 @jax.jit
@@ -233,9 +294,7 @@ def _advance(run, schedule, count, problems, keys, state, first):
       jax.random.fold_in(key, step), num_images=num_images, batch_size=schedule.batch_size
     )
     weight, beta = rounding_term(step, schedule)
-    gradient = jax.grad(loss, argnums=2)(
-      run, problem, state.alphas, index, weight=weight, beta=beta
-    )
+    _, gradient = loss(run, problem, state.alphas, index, weight=weight, beta=beta)
     updates, memory = optimizer.update(gradient, state.optimizer)
     alphas = optax.apply_updates(state.alphas, updates)
     return _State(alphas, memory, state.steps + 1, state.done)

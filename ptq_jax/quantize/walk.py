@@ -4,8 +4,11 @@ AdaRound and BRECQ share the walk: the inputs of a unit come from the network as
 its targets from the full-precision network. Activations are carried from unit to unit, so each
 unit runs (and is compiled) alone; a model that names no units is one unit, fed with images.
 
-Forward passes run pair by pair through one compiled function of one model, which keeps a pair's
-numbers free of its neighbours; optimisation loops run stacked.
+Plans that agree on all layers so far share the work: a sweep over the last layer quantizes the
+rest once. What is worked on is therefore a branch, one model under all plans that agree so far.
+
+Forward passes run branch by branch through one compiled function of one model, which keeps a
+branch's numbers free of its neighbours; optimisation loops run stacked.
 """
 
 import functools
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Key, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Key, PyTree, Shaped, Variables
 from ptq_jax.models import units
 from ptq_jax.models.units import Layer, Unit
 from ptq_jax.quantize import capture, grid
@@ -29,51 +32,65 @@ from ptq_jax.quantize.plan import Plan, Record
 
 
 class Pair(NamedTuple):
-  """One model under one plan."""
+  """One model under one plan, by their positions."""
 
   plan: int
   model: int
 
 
+class Branch(NamedTuple):
+  """One model under all plans that agree up to some unit."""
+
+  pairs: tuple[int, ...]
+  """Positions of its pairs in the chunk."""
+  model: int
+  variables: Variables
+  """Quantized so far."""
+  inputs: Array
+  """Of the next unit, in the network quantized so far."""
+
+
 class Site(NamedTuple):
-  """Where a chunk of pairs stands in the network: everything a method needs for one unit."""
+  """Where a chunk of N branches stands in the network: all a method needs for one unit."""
 
   model: nn.Module
   unit: Unit
-  pairs: Sequence[Pair]
-  plans: Sequence[Plan]
-  keys: Sequence[Key]
-  """Per pair, the key of its model folded with the index of the unit."""
+  levels: Mapping[str, np.ndarray]
+  """Per path of the unit's layers, int [N]; 0: full precision."""
+  keys: Key
+  """[N], the key of the branch's model folded with the index of the unit."""
+  models: Sequence[int]
+  """Per branch, its model."""
   full: Mapping[int, Variables]
-  """Full-precision variables per model index."""
+  """Full-precision variables per model."""
   full_inputs: Mapping[int, Array]
-  """Unit inputs of the full-precision network per model index."""
+  """Unit inputs of the full-precision network per model."""
   quantized: list[Variables]
-  """Variables quantized so far, per pair; methods replace kernels here."""
+  """Variables quantized so far, per branch; methods replace kernels here."""
   quantized_inputs: Sequence[Array]
-  """Unit inputs of the network quantized so far, per pair."""
+  """Unit inputs of the network quantized so far, per branch."""
 
 
 class Outcome(NamedTuple):
-  """What a method did to one unit or layer of a chunk: arrays over its pairs."""
+  """What a method did to one unit or layer: arrays over the branches of a site, or over pairs."""
 
   name: str
   error_before: np.ndarray
   error_after: np.ndarray
   steps: np.ndarray
   grids: Mapping[str, Grid]
-  """Per layer path, leading axis the pairs; levels 0 where the layer stays in full precision."""
+  """Per layer path, leading axis likewise; levels 0 where the layer stays in full precision."""
   seconds: float
   """Of the whole chunk."""
 
 
 Method = Callable[[Site], list[Outcome]]
-"""Quantizes the layers of one unit for all pairs of a site, in place."""
+"""Quantizes the layers of one unit for all branches of a site, in place."""
 
 
 def quantize_stacked(
   method: Method,
-  keys: Sequence[Key],
+  keys: Key,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],
@@ -137,24 +154,42 @@ def activation_bytes(chain_: Sequence[Unit], num_images: int) -> int:
 def fit_grids(
   site: Site, layer: Layer, options: Mapping[str, Any]
 ) -> tuple[Array, Grid, np.ndarray]:
-  """Full-precision kernels, their grids and their levels, stacked over the pairs of a site.
+  """Full-precision kernels, their grids and their levels, stacked over the branches of a site.
 
-  Pairs that keep the layer in full precision have levels 0 in the last result, and a placeholder
-  grid.
+  Branches that keep the layer in full precision have levels 0 in the last result, and a
+  placeholder grid.
   """
-  kernels = jnp.stack([trees.get(site.full[pair.model], layer.kernel) for pair in site.pairs])
-  levels = np.array([site.plans[pair.plan][layer.path] or 0 for pair in site.pairs], np.int32)
+  kernels = stack([trees.get(site.full[m], layer.kernel) for m in site.models])
+  levels = site.levels[layer.path]
   fit = jax.vmap(lambda kernel, count: grid.fit(kernel, levels=count, **options))
   return kernels, fit(kernels, jnp.asarray(np.where(levels > 0, levels, 256))), levels
 
 
 def replace_kernels(site: Site, layer: Layer, active: Sequence[int], kernels: Array) -> None:
-  """Writes the kernels [active, ...] into the quantized variables of the pairs at `active`."""
-  for index, kernel in zip(active, kernels, strict=True):
+  """Writes the kernels [active, ...] into the quantized variables of the branches at `active`."""
+  for row, index in enumerate(active):
     old = trees.get(site.quantized[index], layer.kernel)
-    site.quantized[index] = trees.replace(
-      site.quantized[index], {layer.kernel: kernel.astype(old.dtype)}
-    )
+    kernel = _row(kernels, row).astype(old.dtype)
+    site.quantized[index] = trees.replace(site.quantized[index], {layer.kernel: kernel})
+
+
+def stack(parts: Sequence[PyTree]) -> PyTree:
+  """`trees.stack` for many parts: compiled for their shapes only, not for their number."""
+
+  def stack_leaves(*leaves):
+    buffer = jnp.zeros((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    for index, leaf in enumerate(leaves):
+      buffer = _put(buffer, leaf, index)
+    return buffer
+
+  return jax.tree.map(stack_leaves, *parts)
+
+
+def rows(tree: PyTree, active: np.ndarray) -> PyTree:
+  """Rows of stacked leaves; the leaves themselves where all rows are asked for."""
+  if len(active) == trees.length(tree):
+    return tree
+  return jax.tree.map(lambda leaf: leaf[active], tree)
 
 
 def one_model(variables: Variables, records: Sequence[Record]) -> tuple[Variables, list[Record]]:
@@ -178,21 +213,60 @@ def _even(remaining: int, size: int) -> int:
 
 
 def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
-  """Quantized variables per pair of the chunk, and the outcomes of its units."""
-  models = sorted({pair.model for pair in chunk})
-  full = {m: trees.take(variables, m) for m in models}
-  full_inputs = {m: jnp.asarray(images[m]) for m in models}
-  quantized = [full[pair.model] for pair in chunk]
-  inputs = [full_inputs[pair.model] for pair in chunk]
+  """Quantized variables per pair of the chunk, and the outcomes of its units over the pairs."""
+  full = {m: trees.take(variables, m) for m in sorted({pair.model for pair in chunk})}
+  full_inputs = {m: jnp.asarray(images[m]) for m in full}
+  branches = [
+    Branch(tuple(i for i, pair in enumerate(chunk) if pair.model == m), m, full[m], full_inputs[m])
+    for m in full
+  ]
   outcomes = []
   for index, unit in enumerate(chain):
-    unit_keys = [jax.random.fold_in(keys[pair.model], index) for pair in chunk]
-    site = Site(model, unit, chunk, plans, unit_keys, full, full_inputs, quantized, inputs)
-    outcomes += method(site)
+    branches = [part for branch in branches for part in _split(branch, unit, chunk, plans)]
+    models = [branch.model for branch in branches]
+    site = Site(
+      model,
+      unit,
+      {layer.path: _levels(layer, branches, chunk, plans) for layer in unit.layers},
+      jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(models)], index),
+      models,
+      full,
+      full_inputs,
+      [branch.variables for branch in branches],
+      [branch.inputs for branch in branches],
+    )
+    outcomes += [_per_pair(outcome, branches) for outcome in method(site)]
+    branches = [b._replace(variables=v) for b, v in zip(branches, site.quantized, strict=True)]
     if index + 1 < len(chain):
-      full_inputs = {m: run_unit(model, unit, full[m], full_inputs[m]) for m in models}
-      inputs = [run_unit(model, unit, v, x) for v, x in zip(quantized, inputs, strict=True)]
-  return quantized, outcomes
+      full_inputs = {m: run_unit(model, unit, full[m], x) for m, x in full_inputs.items()}
+      branches = [
+        b._replace(inputs=run_unit(model, unit, b.variables, b.inputs)) for b in branches
+      ]
+  by_pair = {pair: branch.variables for branch in branches for pair in branch.pairs}
+  return [by_pair[i] for i in range(len(chunk))], outcomes
+
+
+def _split(branch, unit, chunk, plans) -> list[Branch]:
+  """The branch cut where its plans differ on the unit's layers."""
+  groups: dict[tuple, list[int]] = {}
+  for i in branch.pairs:
+    chosen = tuple(plans[chunk[i].plan][layer.path] for layer in unit.layers)
+    groups.setdefault(chosen, []).append(i)
+  return [branch._replace(pairs=tuple(pairs)) for pairs in groups.values()]
+
+
+def _levels(layer, branches, chunk, plans) -> np.ndarray:
+  """Levels of a layer per branch, 0 for full precision."""
+  chosen = [plans[chunk[branch.pairs[0]].plan][layer.path] for branch in branches]
+  return np.array([levels or 0 for levels in chosen], np.int32)
+
+
+def _per_pair(outcome, branches) -> Outcome:
+  """An outcome over branches as one over the pairs of the chunk."""
+  owner = {pair: row for row, branch in enumerate(branches) for pair in branch.pairs}
+  order = np.array([owner[i] for i in range(len(owner))])
+  spread = jax.tree.map(lambda leaf: np.asarray(leaf)[order], outcome[1:-1])
+  return Outcome(outcome.name, *spread, outcome.seconds)
 
 
 def run_unit(model: nn.Module, unit: Unit, variables: Variables, inputs: Array) -> Array:
@@ -210,10 +284,22 @@ def _run_unit(model, name, variables, inputs):
   return units.run(model.module, variables, inputs, name)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(buffer, leaf, index):
+  return jax.lax.dynamic_update_index_in_dim(buffer, leaf, index, 0)
+
+
+@jax.jit
+def _row(stacked, index):
+  return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+
+
 def _by_plan(results: Sequence[Variables], plans) -> Variables:
   """Results in order of models, then plans, as one tree with axes [P, M]."""
   num_plans = len(plans)
-  return trees.stack([trees.stack(results[p::num_plans]) for p in range(num_plans)])
+  num_models = len(results) // num_plans
+  ordered = stack([results[m * num_plans + p] for p in range(num_plans) for m in range(num_models)])
+  return jax.tree.map(lambda leaf: leaf.reshape(num_plans, num_models, *leaf.shape[1:]), ordered)
 
 
 def _records(outcomes: Sequence[Sequence[Outcome]], plans) -> list[Record]:
