@@ -26,6 +26,9 @@ from ptq_jax.base import Array, Float
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
+LOWERINGS = ("unrolled", "patches", "grouped")
+"""What a convolution can become when images and kernels both differ between models."""
+
 
 class Geometry(NamedTuple):
   """What defines a two-dimensional convolution besides its arrays; hashable."""
@@ -35,6 +38,7 @@ class Geometry(NamedTuple):
   dilation: tuple[int, int]  # of the kernel
   groups: int
   precision: str | None
+  lowering: str | None  # None: the one that `choose_lowering` picks
 
 
 def conv_general_dilated(
@@ -47,14 +51,22 @@ def conv_general_dilated(
   dimension_numbers=None,
   feature_group_count=1,
   precision=None,
+  *,
+  lowering: str | None = None,
 ) -> Float[Array, "n h w O"]:
   """Drop-in for `jax.lax.conv_general_dilated` on NHWC images and HWIO kernels.
 
   Differs only in how it is batched; reverse-mode differentiable once.
 
+  Args:
+    lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+      feature_group_count, precision: as `jax.lax.conv_general_dilated`.
+    lowering: one of `LOWERINGS` under vmap; None: chosen by shape and platform.
   Raises:
-    ValueError: for other layouts or a dilated input, which this function does not have.
+    ValueError: for other layouts, a dilated input, or an unknown lowering.
   """
+  if lowering not in (None, *LOWERINGS):
+    raise ValueError(f"lowering is {lowering!r}; choose one of {', '.join(LOWERINGS)}.")
   numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if numbers != jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, DIMENSION_NUMBERS):
     raise ValueError(f"dimension_numbers must be {DIMENSION_NUMBERS}, got {dimension_numbers}.")
@@ -68,24 +80,27 @@ def conv_general_dilated(
     padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
   padding = tuple((int(low), int(high)) for low, high in padding)
   precision = precision if precision is None or isinstance(precision, str) else str(precision)
-  geometry = Geometry(tuple(window_strides), padding, dilation, feature_group_count, precision)
+  geometry = Geometry(
+    tuple(window_strides), padding, dilation, feature_group_count, precision, lowering
+  )
   return _conv(geometry, lhs, rhs)
 
 
-def choose_lowering(*, platform: str, num_models: int, kernel_shape, num_positions: int) -> str:
+def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -> str:
   """Which lowering a convolution gets when images and kernels both differ between models.
 
   Args:
     platform: `jax.default_backend()`.
     num_models: how many models are batched.
-    kernel_shape: (kh, kw, I, O).
-    num_positions: output pixels of one model, n * h * w.
+    flop: of one model, 2 * kernel entries * output pixels of the batch.
+    groups: of the convolution itself.
   Returns:
-    "unrolled", "patches" or "grouped". The numbers behind the rule are in BUILD_NOTES.md.
+    One of `LOWERINGS`. On a CPU measured (`launch/bench.py conv`, BUILD_NOTES.md): unrolled wins at
+    every shape but those of a few input channels, by 1.1 to 14 times over grouped. On an
+    accelerator not measured yet: unrolled where one model fills the chip, else patches.
   """
-  if platform == "cpu" or num_models == 1:
+  if platform == "cpu" or num_models == 1 or groups > 1:
     return "unrolled"
-  flop = 2 * math.prod(kernel_shape) * num_positions
   return "unrolled" if flop > 5e8 else "patches"
 
 
@@ -122,10 +137,44 @@ def _plain(geometry, images, kernel):
   )
 
 
+def _patches(geometry, kernel_size, images):
+  """[n, h, w, kh * kw * I], in the order of a kernel flattened to [kh * kw * I, O]."""
+  padded = jnp.pad(images, ((0, 0), *geometry.padding, (0, 0)))
+  size = _output_size(geometry, kernel_size, images.shape[1:3])
+
+  def window(offset, axis):
+    start = offset * geometry.dilation[axis]
+    stride = geometry.strides[axis]
+    return slice(start, start + (size[axis] - 1) * stride + 1, stride)
+
+  rows, columns = (range(k) for k in kernel_size)
+  return jnp.concatenate(
+    [padded[:, window(i, 0), window(j, 1)] for i in rows for j in columns], axis=-1
+  )
+
+
+def _output_size(geometry, kernel_size, image_size):
+  """Height and width of the output."""
+  return tuple(
+    (length + sum(pads) - (window - 1) * dilation - 1) // stride + 1
+    for length, pads, window, dilation, stride in zip(
+      image_size, geometry.padding, kernel_size, geometry.dilation, geometry.strides, strict=True
+    )
+  )
+
+
 @functools.cache
 def _forward(geometry):
+  def flop(images, kernel):
+    pixels = math.prod(_output_size(geometry, kernel.shape[:2], images.shape[1:3]))
+    return 2 * kernel.size * len(images) * pixels
+
   def one(images, kernel):
     return _plain(geometry, images, kernel)
+
+  def by_patches(images, kernel):
+    patches = _patches(geometry, kernel.shape[:2], images)
+    return _product(geometry, "nhwd,do->nhwo", patches, kernel.reshape(-1, kernel.shape[-1]))
 
   def shared_images(function, images, kernels):
     """Kernels join the output channels; groups, if any, stay outermost."""
@@ -136,18 +185,31 @@ def _forward(geometry):
     out = out.reshape(*out.shape[:-1], geometry.groups, num_models, -1)
     return jnp.moveaxis(out, -2, 0).reshape(num_models, *out.shape[:-3], features)
 
-  return _batched(geometry, one, shared_first=shared_images, shared_second=_join_batch)
+  return _batched(
+    geometry, one, by_patches, flop, shared_first=shared_images, shared_second=_join_batch
+  )
 
 
 @functools.cache
 def _image_gradient(geometry, image_size):
+  def shape(cotangent, kernel):
+    depth = kernel.shape[2] * geometry.groups
+    return jax.ShapeDtypeStruct((cotangent.shape[0], *image_size, depth), cotangent.dtype)
+
   def one(cotangent, kernel):
-    images = jax.ShapeDtypeStruct(
-      (cotangent.shape[0], *image_size, kernel.shape[2] * geometry.groups), cotangent.dtype
-    )
+    images = shape(cotangent, kernel)
     return jax.linear_transpose(lambda x: _plain(geometry, x, kernel), images)(cotangent)[0]
 
-  return _batched(geometry, one, shared_second=_join_batch)
+  def by_patches(cotangent, kernel):
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    patches = _product(geometry, "nhwo,do->nhwd", cotangent, matrix)
+    gather = functools.partial(_patches, geometry, kernel.shape[:2])
+    return jax.linear_transpose(gather, shape(cotangent, kernel))(patches)[0]
+
+  def flop(cotangent, kernel):
+    return 2 * kernel.size * math.prod(cotangent.shape[:-1])
+
+  return _batched(geometry, one, by_patches, flop, shared_second=_join_batch)
 
 
 @functools.cache
@@ -157,7 +219,20 @@ def _kernel_gradient(geometry, kernel_size):
     kernel = jax.ShapeDtypeStruct(shape, images.dtype)
     return jax.linear_transpose(lambda k: _plain(geometry, images, k), kernel)(cotangent)[0]
 
-  return _batched(geometry, one)
+  def by_patches(images, cotangent):
+    patches = _patches(geometry, kernel_size, images)
+    matrix = _product(geometry, "nhwd,nhwo->do", patches, cotangent)
+    return matrix.reshape(*kernel_size, -1, cotangent.shape[-1])
+
+  def flop(images, cotangent):
+    depth = images.shape[-1] // geometry.groups
+    return 2 * math.prod(kernel_size) * depth * cotangent.size
+
+  return _batched(geometry, one, by_patches, flop)
+
+
+def _product(geometry, subscripts, first, second):
+  return jnp.einsum(subscripts, first, second, precision=geometry.precision)
 
 
 def _join_batch(function, images, kernel):
@@ -167,7 +242,7 @@ def _join_batch(function, images, kernel):
   return out.reshape(num_models, n, *out.shape[1:])
 
 
-def _batched(geometry, one, *, shared_first=None, shared_second=None):
+def _batched(geometry, one, by_patches, flop, *, shared_first=None, shared_second=None):
   """`one` with a rule of its own for `jax.vmap`; nested vmaps apply the rule again."""
   function = custom_vmap(one)
 
@@ -178,11 +253,20 @@ def _batched(geometry, one, *, shared_first=None, shared_second=None):
       return shared_second(function, first, second), True
     if second_batched and not first_batched and shared_first is not None:
       return shared_first(function, first, second), True
-    outputs = [
-      function(first[m] if first_batched else first, second[m] if second_batched else second)
+    axes = (0 if first_batched else None, 0 if second_batched else None)
+    pairs = [
+      (first[m] if first_batched else first, second[m] if second_batched else second)
       for m in range(axis_size)
     ]
-    return jnp.stack(outputs), True
+    lowering = geometry.lowering or choose_lowering(
+      platform=jax.default_backend(),
+      num_models=axis_size,
+      flop=flop(*pairs[0]),
+      groups=geometry.groups,
+    )
+    if lowering == "unrolled":
+      return jnp.stack([function(*pair) for pair in pairs]), True
+    return jax.vmap(by_patches if lowering == "patches" else one, axes)(first, second), True
 
   return function
 

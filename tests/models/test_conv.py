@@ -22,7 +22,7 @@ def arrays(groups, *, models=None):
   return images, kernel
 
 
-def convolve(function, images, kernel, geometry):
+def convolve(function, images, kernel, geometry, **options):
   strides, padding, dilation, groups = geometry
   return function(
     images,
@@ -32,14 +32,15 @@ def convolve(function, images, kernel, geometry):
     rhs_dilation=dilation,
     dimension_numbers=conv.DIMENSION_NUMBERS,
     feature_group_count=groups,
+    **options,
   )
 
 
-def value_and_gradients(function, images, kernel, geometry):
+def value_and_gradients(function, images, kernel, geometry, **options):
   """The convolution, and both gradients of a function of it that is not linear."""
 
   def objective(images, kernel):
-    out = convolve(function, images, kernel, geometry)
+    out = convolve(function, images, kernel, geometry, **options)
     return jnp.sum(jnp.sin(out) * jnp.linspace(-1, 1, out.size).reshape(out.shape)), out
 
   gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
@@ -64,9 +65,14 @@ def test_one_model_is_lax(name):
   )
 
 
-@pytest.mark.parametrize("shared", ["neither", "images", "kernel"])
+@pytest.mark.parametrize(
+  ("shared", "lowering"),
+  [("neither", lowering) for lowering in conv.LOWERINGS] + [("images", None), ("kernel", None)],
+)
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_vmap_is_a_loop_over_models(name, shared):
+def test_vmap_is_a_loop_over_models(name, shared, lowering):
+  if name == "grouped" and lowering == "patches":
+    lowering = None  # a convolution that has groups itself is never made of patches
   images, kernel = arrays(GEOMETRIES[name][-1], models=3)
   images = images[0] if shared == "images" else images
   kernel = kernel[0] if shared == "kernel" else kernel
@@ -113,3 +119,13 @@ def test_other_layouts_are_refused():
     conv.conv_general_dilated(
       images, kernel, (1, 1), "VALID", (2, 2), dimension_numbers=conv.DIMENSION_NUMBERS
     )
+
+
+def test_lowering_depends_on_platform_and_size():
+  choose = functools.partial(conv.choose_lowering, num_models=8, groups=1)
+  assert choose(platform="cpu", flop=10**6) == "unrolled"
+  assert choose(platform="gpu", flop=10**6) == "patches"
+  assert choose(platform="gpu", flop=10**10) == "unrolled"
+  images, kernel = arrays(1)
+  with pytest.raises(ValueError, match="lowering is 'fast'; choose one of unrolled"):
+    conv.conv_general_dilated(images, kernel, (1, 1), "SAME", lowering="fast")

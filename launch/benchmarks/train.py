@@ -1,0 +1,140 @@
+"""Our trainer beside a PyTorch trainer of one model after another, on the same shapes.
+
+    bash launch/run bench train --model resnet8 --width 16 --models 4 --peer train_torch.py
+
+Both train on random pixels: this measures speed alone. The peer is a script that takes --models,
+--epochs, --batch, --examples, --size, --stages, --width, --loader and prints a JSON line with
+"images_per_s"; it runs before and after ours, in the same process group of cores, once as users run
+it (--loader dataloader) and once tuned (--loader tensor; on a GPU also --amp, --channels-last,
+--compile). Without --peer only ours is measured.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import models
+from ptq_jax.data import augment, membership
+from ptq_jax.models import flops, parallel
+from ptq_jax.train import fit, optimizer, shadows
+
+STAGES = {"resnet8": "1,1,1", "resnet20": "3,3,3", "resnet18": "2,2,2,2"}
+"""What the peer calls our models; it has ResNets alone."""
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "TPU v4": 275, "TPU v5": 197, "TPU v6": 918}
+"""Dense bf16 peak of a chip, from the makers' data sheets."""
+
+
+def main(argv: list[str]) -> None:
+  """Prints images per second, ratios, TFLOP/s and the share of the chip's peak."""
+  options = parser().parse_args(argv)
+  device = jax.local_devices()[0]
+  print(f"{options.models} x {options.model}, width {options.width}, {options.size}x{options.size}, "
+        f"batch {options.batch}, {options.dtype}, on {device.device_kind}, JAX {jax.__version__}")  # fmt: skip
+  before = peers(options)
+  rate, seconds = ours(options)
+  after = peers(options)
+  model = make_model(options)
+  tflops = rate * flops.training(model, image_shape=(options.size, options.size, 3)) / 1e12
+  peak = next((v for name, v in PEAK_TFLOPS.items() if name in device.device_kind), None)
+  share = f", {tflops / peak:.0%} of the bf16 peak" if peak else ""
+  print(f"ptq_jax                {rate:10.0f} images/s  {tflops:.3f} TFLOP/s{share}"
+        f"  (first epoch, with compilation: {seconds:.1f} s)")  # fmt: skip
+  for name, first in before.items():
+    theirs = (first + after[name]) / 2
+    print(f"{name:<22} {theirs:10.0f} images/s  ({first:.0f}, {after[name]:.0f});"
+          f"  ours is {rate / theirs:.2f} times as fast")  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags of this benchmark."""
+  flags = argparse.ArgumentParser(
+    prog="bench train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument("--model", default="resnet8", choices=sorted(models.ZOO))
+  flags.add_argument("--width", type=int, default=16)
+  flags.add_argument("--models", type=int, default=4, help="trained at once, even")
+  flags.add_argument("--size", type=int, default=32, help="of the square images")
+  flags.add_argument("--batch", type=int, default=128)
+  flags.add_argument("--examples", type=int, default=4096, help="pool; each model trains on half")
+  flags.add_argument("--epochs", type=int, default=2, help="measured, after one that warms up")
+  flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  flags.add_argument("--peer", help="path of the PyTorch script")
+  return flags
+
+
+def make_model(options):
+  """The network that is trained."""
+  return models.make(options.model, num_classes=10, width=options.width, dtype=options.dtype)
+
+
+def ours(options) -> tuple[float, float]:
+  """Images per second over all models, and the seconds of the first epoch."""
+  rng = np.random.default_rng(0)
+  shape = (options.examples, options.size, options.size, 3)
+  images = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
+  labels = jnp.asarray(rng.integers(0, 10, options.examples, dtype=np.int32))
+  rows = membership.paired(
+    jax.random.key(0), num_models=options.models, num_examples=options.examples
+  )
+  members = jnp.asarray(membership.members_of(rows))
+  steps, epochs = members.shape[1] // options.batch, 1 + options.epochs
+  recipe = fit.Recipe(
+    model=make_model(options),
+    optimizer=optimizer.sgd(learning_rate=0.1, epochs=epochs, steps_per_epoch=steps),
+    augmentation=augment.make(("flip", "crop4")),
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+    batch_size=options.batch,
+  )
+  keys = shadows.model_keys(jax.random.key(1), jnp.arange(options.models))
+  states = shadows.init(keys, recipe, image_shape=shape[1:])
+  marks = [time.perf_counter()]
+  for epoch in shadows.epochs(
+    states,
+    keys,
+    recipe,
+    images,
+    labels,
+    members,
+    first=0,
+    last=epochs,
+    mesh=parallel.mesh_for(options.models),
+  ):
+    jax.block_until_ready(epoch.metrics)
+    marks.append(time.perf_counter())
+  images_seen = options.epochs * steps * options.batch * options.models
+  return images_seen / (marks[-1] - marks[1]), marks[1] - marks[0]
+
+
+def peers(options) -> dict[str, float]:
+  """Images per second of the peer, as users run it and tuned."""
+  if not options.peer:
+    return {}
+  common = {
+    "models": 2, "epochs": 1, "batch": options.batch, "examples": options.examples,
+    "size": options.size, "stages": STAGES[options.model], "width": options.width,
+  }  # fmt: skip
+  arguments = [f"--{name}={value}" for name, value in common.items()]
+  tuned = ["--loader=tensor"]
+  if jax.default_backend() == "gpu":
+    tuned += ["--amp", "--channels-last", "--compile"]
+  workers = ["--workers=2"] if jax.default_backend() == "cpu" else []
+  return {
+    "PyTorch, DataLoader": run_peer(options.peer, arguments + workers),
+    "PyTorch, tuned": run_peer(options.peer, arguments + tuned),
+  }
+
+
+def run_peer(script: str, arguments: list[str]) -> float:
+  """Images per second that the script prints."""
+  done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+  if done.returncode:
+    raise RuntimeError(f"{script} failed: {done.stderr.strip().splitlines()[-1]}")
+  return json.loads(done.stdout.splitlines()[-1])["images_per_s"]
