@@ -26,9 +26,13 @@ def test_measure_is_roc_per_target():
       assert values.tpr[t, i] == roc.tpr_at_fpr(*pair, fpr=fpr, rule=rule)
 
 
+def repeated(weights, scores, members):
+  return np.repeat(scores, weights), np.repeat(members, weights)
+
+
 @pytest.mark.parametrize("decimals", [6, 0])
-def test_resamples_are_the_metrics_of_repeated_examples(key, decimals, monkeypatch):
-  """Weights are counts: repeating each example so often gives the same metrics, ties and all."""
+def test_resampled_rates_are_those_of_repeated_examples(key, decimals, monkeypatch):
+  """Weights are counts: repeating each example so often gives the same rates, ties and all."""
   rng = np.random.default_rng(1)
   scores, members = draw(rng, 2, 60, 1.0, decimals=decimals)
   audited = rng.random((2, 60)) < 0.8
@@ -37,15 +41,34 @@ def test_resamples_are_the_metrics_of_repeated_examples(key, decimals, monkeypat
   draws = intervals.resample(key, scores, members, levels=LEVELS, num_resamples=5, audited=audited)
   for r in range(5):
     for t in range(2):
-      often = weights[:, r] * audited[t]
-      repeated = np.repeat(scores[t], often), np.repeat(members[t], often)
-      assert draws.auc[r, t] == pytest.approx(roc.auc(*repeated), abs=1e-6)
-      assert draws.balanced_accuracy[r, t] == pytest.approx(
-        roc.balanced_accuracy(*repeated), abs=1e-6
-      )
+      pair = repeated(weights[:, r] * audited[t], scores[t], members[t])
       for i, (fpr, rule) in enumerate(LEVELS):
-        rate = roc.tpr_at_fpr(*repeated, fpr=fpr, rule=rule)
+        rate = roc.tpr_at_fpr(*pair, fpr=fpr, rule=rule)
         assert draws.tpr[r, t, i] == pytest.approx(rate, abs=1e-6)
+      curve = roc.curve(scores[t, audited[t]], members[t, audited[t]])
+      cut = curve.thresholds[np.argmax(curve.tpr - curve.fpr)]
+      point = roc.point_at_threshold(*pair, threshold=cut)
+      assert draws.balanced_accuracy[r, t] == pytest.approx((1 + point.tpr - point.fpr) / 2)
+
+
+@pytest.mark.parametrize("decimals", [6, 0])
+def test_resampled_areas_are_exact_to_first_order(key, decimals, monkeypatch):
+  """What is left out falls faster than the resampled change of the area itself."""
+  rng = np.random.default_rng(2)
+  scores, members = draw(rng, 1, 4000, 1.0, decimals=decimals)
+  weights = rng.poisson(1.0, size=(4000, 20)).astype(np.uint8)
+  monkeypatch.setattr(intervals, "_poisson_counts", lambda key, shape: weights)
+  draws = intervals.resample(key, scores, members, levels=(), num_resamples=20)
+  exact = [roc.auc(*repeated(w, scores[0], members[0])) for w in weights.T]
+  change = np.std(exact)
+  np.testing.assert_allclose(draws.auc[:, 0], exact, atol=0.1 * change)
+  assert np.corrcoef(draws.auc[:, 0], exact)[0, 1] > 0.999
+
+
+def test_a_group_of_one_is_never_lost(key):
+  scores, members = np.array([[3.0, 1.0, 2.0]]), np.array([[True, False, False]])
+  draws = intervals.resample(key, scores, members, levels=LEVELS[:1], num_resamples=50)
+  assert all(np.isfinite(part).all() for part in draws)
 
 
 def test_counts_are_poisson(key):
@@ -97,15 +120,12 @@ def test_intervals_cover_the_truth():
   assert 88 <= covered["tpr"] <= 100
 
 
-def test_balanced_accuracy_lies_within_its_interval(key):
-  """The best threshold of a resample overshoots; plain percentiles would exclude the value."""
-  scores, members = draw(np.random.default_rng(6), 8, 300, 0.0)
-  values = intervals.measure(scores, members, levels=())
-  draws = intervals.resample(key, scores, members, levels=(), num_resamples=300)
-  value, draw_ = values.balanced_accuracy, draws.balanced_accuracy
-  assert np.quantile(draw_.mean(axis=1), 0.025) > value.mean()
-  interval = intervals.over_examples(value, draw_)
-  assert interval.low < interval.value < interval.high
+def test_value_lies_within_its_interval_even_where_resamples_are_biased():
+  """A maximum is larger in every resample; plain percentiles would exclude the value itself."""
+  draws = 0.53 + 0.005 * np.random.default_rng(6).normal(size=(1000, 1))
+  interval = intervals.over_examples(np.array([0.51]), draws)
+  assert interval.low == pytest.approx(0.51 - 0.0098, abs=0.001)
+  assert interval.high == pytest.approx(0.51 + 0.0098, abs=0.001)
 
 
 def test_models_that_differ_widen_the_interval_over_both(key):
