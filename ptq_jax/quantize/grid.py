@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq_jax.base import Array, ArrayLike, Float, Int
+from ptq_jax.base import Array, ArrayLike, Float, Int, Shaped
 
 SEARCH_STEPS = 80
 """Shrink factors 1.00, 0.99, ..., 0.21 of the search "mse"."""
@@ -67,8 +67,7 @@ def fit(
   check_levels(levels)
   if search not in ("mse", "minmax"):
     raise ValueError(f'search must be "mse" or "minmax", got {search!r}.')
-  if not is_traced(weights) and not bool(jnp.isfinite(weights).all()):
-    raise ValueError("weights hold NaN or infinite values; a grid needs finite weights.")
+  check_finite(weights, "weights")
   steps = SEARCH_STEPS if search == "mse" else 1
   scale, zero_point = _fit(weights, levels, norm, symmetric, include_zero, steps)
   return Grid(scale, zero_point, levels)
@@ -109,6 +108,13 @@ def check_levels(levels: Any) -> None:
     raise ValueError(
       f"levels must be a whole number from {MIN_LEVELS} to {MAX_LEVELS}, got {levels}."
     )
+
+
+def check_finite(values: Shaped[ArrayLike, "..."], name: str) -> None:
+  """Raises ValueError if an array holds NaN or infinite values. Traced values pass."""
+  finite = is_traced(values) or jnp.isfinite(values).all()
+  if not is_traced(finite) and not bool(finite):  # traced under jit, even of a constant
+    raise ValueError(f"{name} hold NaN or infinite values; they must be finite.")
 
 
 def is_traced(value: object) -> bool:

@@ -23,7 +23,7 @@ from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, Shaped, Variables
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture
-from ptq_jax.quantize.grid import is_traced
+from ptq_jax.quantize.grid import check_finite
 
 MAX_INFLATION = 2e4
 """Largest H_jj * (H^-1)_jj accepted without more damping: the factor by which a diagonal entry of
@@ -71,8 +71,7 @@ def from_inputs(
   inputs = jnp.asarray(inputs)
   if not len(inputs):
     raise ValueError("inputs hold no image; the Hessian needs at least one.")
-  if not is_traced(inputs) and not bool(jnp.isfinite(inputs).all()):
-    raise ValueError("inputs hold NaN or infinite values; the Hessian needs finite ones.")
+  check_finite(inputs, "inputs")
   layer = _layer(inputs, kernel_shape, strides, padding, kernel_dilation, feature_group_count)
   batch_size = min(len(inputs), capture.images_at_once([layer], memory_bytes=memory_bytes))
   hessian = _from_batches(layer, batch_size, inputs)

@@ -12,9 +12,11 @@ M_:j - F^T F_:j. At the end of a block one matrix product makes M - F^T F for th
 left, and the finished columns are dropped. That is the same arithmetic in another order.
 """
 
+import concurrent.futures
 import functools
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -38,6 +40,9 @@ MAX_BLOCKS = 10
 
 CPU_MEMORY_BYTES = 2**25
 """On a CPU the inverses of a chunk of rows should stay in the cache: 32 MiB."""
+
+THREAD_BYTES = 2**22
+"""Less than this is not worth a thread."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -159,9 +164,8 @@ def quantize_matrix(
     raise ValueError(
       f"hessian must be [{D}, {D}] for weights [{rows}, {D}], got {list(hessian.shape)}."
     )
-  for name, array in (("weights", weights), ("hessian", hessian)):
-    if not is_traced(array) and not bool(jnp.isfinite(array).all()):
-      raise ValueError(f"{name} hold NaN or infinite values; OBC needs finite ones.")
+  grids.check_finite(weights, "weights")
+  grids.check_finite(hessian, "entries of the hessian")
   grids.check_levels(grid.levels)
   inverse = hessians.inverse(hessian, damping=damping)
   shared = jax.tree.map(lambda part: part[None], inverse)
@@ -197,8 +201,10 @@ def quantize_rows(
   rows, D = weights.shape
   block_size = block_size or math.ceil(D / _num_blocks(D))
   budget = memory_bytes or default_memory_bytes()
-  chunks = math.ceil(rows / max(1, min(rows, budget // _bytes_per_row(D, weights.dtype))))
-  return _quantize_rows(block_size, chunks, weights, inverse, owner, grid)
+  at_once = rows_at_once(rows, D, weights.dtype, budget)
+  if is_traced(weights) or jax.default_backend() != "cpu":
+    return _quantize_rows(block_size, math.ceil(rows / at_once), weights, inverse, owner, grid)
+  return _on_all_cores(block_size, at_once, weights, inverse, owner, grid)
 
 
 def _solve(job: Job, *, damping, block_size, memory_bytes) -> Array:
@@ -250,14 +256,46 @@ def default_memory_bytes() -> int:
   return limit // 4
 
 
+def rows_at_once(rows: int, D: int, dtype: np.dtype, memory_bytes: int) -> int:
+  """How many of the rows may be eliminated at once; at least one."""
+  return max(1, min(rows, memory_bytes // bytes_per_row(D, dtype)))
+
+
+def bytes_per_row(D: int, dtype: np.dtype) -> int:
+  """About what one row takes while it is worked on: its inverse, a copy, and the factors."""
+  return 2 * D * D * max(np.dtype(dtype).itemsize, 4)
+
+
 def _num_blocks(D):
   """How many blocks; measured on a CPU, flat around the best."""
   return max(1, min(MAX_BLOCKS, round(math.sqrt(D) / 5)))
 
 
-def _bytes_per_row(D, dtype):
-  """About what one row takes while it is worked on: its inverse, a copy, and the factors."""
-  return 2 * D * D * max(dtype.itemsize, 4)
+def _on_all_cores(block_size, at_once, weights, inverse, owner, grid):
+  """Deals the rows to threads, since XLA runs the loops of one call on one core of a CPU."""
+  rows, D = weights.shape
+  threads = min(_num_cores(), rows * bytes_per_row(D, weights.dtype) // THREAD_BYTES)
+  threads = max(1, min(threads, rows))
+  size = math.ceil(rows / threads)
+  chunks = math.ceil(size / at_once)
+  wide = jax.config.jax_enable_x64  # a thread starts without its caller's context
+
+  def run(start):
+    index = np.minimum(np.arange(start, start + size), rows - 1)
+    part = jax.tree.map(lambda leaf: leaf[index], (weights, owner, grid))
+    with jax.enable_x64(wide):
+      result = _quantize_rows(block_size, chunks, part[0], inverse, *part[1:])
+      return jax.block_until_ready(result)
+
+  if threads == 1:
+    return _quantize_rows(block_size, chunks, weights, inverse, owner, grid)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    return jnp.concatenate(list(pool.map(run, range(0, rows, size))))[:rows]
+
+
+def _num_cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -138,6 +138,12 @@ def test_levels_share_one_vmap():
     np.testing.assert_allclose(rounded[i], grid.nearest(weights, alone), rtol=1e-5, atol=1e-7)
 
 
+def test_constants_pass_through_jit():
+  weights = jnp.asarray(kernel())
+  fitted = jax.jit(lambda: grid.fit(weights, levels=4))()
+  np.testing.assert_array_equal(fitted.zero_point, grid.fit(weights, levels=4).zero_point)
+
+
 def test_channels_are_independent():
   weights, order = kernel(), np.array([3, 1, 0, 5, 2, 4])
   fitted = grid.fit(weights, levels=4)
