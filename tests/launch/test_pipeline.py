@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,6 +141,46 @@ def test_killed_twice_and_run_again_gives_the_same(finished, tmp_path):
   done = launch("audit", tmp_path, METHODS)
   assert done.returncode == 0, done.stderr
   assert_same(finished[0], tmp_path)
+
+
+def test_two_processes_give_what_one_gives(finished, tmp_path):
+  """Two chunks, two processes that find each other on localhost, one workdir."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  arguments = [METHODS, f"--coordinator=localhost:{port}", "--num_processes=2"]
+  processes = [
+    subprocess.Popen(
+      command("audit", tmp_path, *arguments, f"--process_id={number}"),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  for process in processes:
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+  assert_same(finished[0], tmp_path)
+
+
+def test_a_stop_saves_the_epochs_done(tmp_path):
+  long = ("--config.train.epochs=100000", "--config.train.checkpoint_minutes=60")
+  process = subprocess.Popen(
+    command("train_shadows", tmp_path, *long), cwd=ROOT, stderr=subprocess.PIPE, text=True
+  )
+  line = ""
+  while "epoch" not in line:
+    line = process.stderr.readline()
+    assert line, "ended before the first epoch"
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert "stopped by SIGTERM; the same command goes on" in errors
+  saved = [int(p.name) for p in tmp_path.glob("models/*/training/*") if p.name.isdigit()]
+  assert len(saved) == 1
+  assert 0 < saved[0] < 100000
 
 
 @pytest.fixture
