@@ -48,9 +48,10 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
   keys = jax.vmap(jax.random.fold_in, (None, 0))(group_key(audit, chunk, "quantize"), chunk.ids)
   for method in dict.fromkeys(variant.method for variant in variants):
     mine = [variant for variant in variants if variant.method == method]
-    options = settings.named(audit.config.quantize[method])
+    options = audit.method_options(method)
+    size = options.pop("calibration_size")
     quantized, info = METHODS[method].quantize_stacked(
-      keys, audit.model, variables, images, plans=audit.plans(mine), **options
+      keys, audit.model, variables, images[:, :size], plans=audit.plans(mine), **options
     )
     for index, variant in enumerate(mine):
       grids = {
@@ -59,7 +60,7 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
       packed = pack.pack(trees.take(quantized, index), grids)
       pack.save(audit.quantized_path(variant, chunk), packed)
       units_done = unit_arrays(info, index)
-      audit.save_scores(variant, chunk, packed, calibration=ids, **units_done)
+      audit.save_scores(variant, chunk, packed, calibration=ids[:, :size], **units_done)
       progress.advance(len(chunk), f"{chunk.name}, {method}")
 
 

@@ -128,6 +128,13 @@ class Audit:
         f"quantize.calibration_size is {quantize.calibration_size}; a model has {members} members, "
         f"so it must be in 1..{members}."
       )
+    for method in dict.fromkeys(variant.method for variant in self.variants()):
+      size = self.method_options(method)["calibration_size"]
+      if not 1 <= size <= quantize.calibration_size:
+        raise ValueError(
+          f"quantize.{method}.calibration_size is {size}; it must be in 1.."
+          f"{quantize.calibration_size}, quantize.calibration_size."
+        )
     if quantize.calibrate_on not in ("members", "non_members"):
       raise ValueError(
         f"quantize.calibrate_on is {quantize.calibrate_on!r}; use 'members' or 'non_members'."
@@ -139,6 +146,12 @@ class Audit:
     for fpr in attack.fprs:
       if not 0 < fpr <= 1:
         raise ValueError(f"attack.fprs has {fpr}; a false-positive rate is in (0, 1].")
+
+  def method_options(self, method: str) -> dict:
+    """Options of a method's `quantize_stacked`, and how many images calibrate it."""
+    section, size = self.config.quantize[method], self.config.quantize.calibration_size
+    options = settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
+    return options | {"calibration_size": section.get("calibration_size", size)}
 
   @functools.cached_property
   def layers(self) -> list[units.Layer]:
@@ -386,12 +399,14 @@ def last_layer_levels(last: int | str, levels: int) -> int | None:
   """What a value of quantize.last_layer_levels means: None is full precision."""
   if last == "same":
     return levels
+  if last == "usual":  # of arXiv 2512.15335
+    return 256 if levels == 3 else levels
   if last == "full":
     return None
   if isinstance(last, int):
     return last
   raise ValueError(
-    f"quantize.last_layer_levels has {last!r}; use a number of levels, 'same' or 'full'."
+    f"quantize.last_layer_levels has {last!r}; use a number of levels, 'same', 'usual' or 'full'."
   )
 
 

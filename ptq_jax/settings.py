@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -69,7 +70,7 @@ def audit_defaults() -> Config:
     quantize=dict(
       methods=("nearest", "adaround", "brecq", "obc"),
       levels=(3, 4, 16),
-      last_layer_levels=("same",),  # "same", a number of levels, or "full" precision
+      last_layer_levels=("same",),  # "same", "usual" (256 beside 3), a number, or "full" precision
       overrides=(),  # levels by path pattern, such as ("stem/*=256",)
       calibration_size=512,
       calibration_augmentation=(),
@@ -254,6 +255,39 @@ def named(section: Config, *leave_out: str) -> dict[str, Any]:
   """A section of a config as keyword arguments; lists become tuples, so that they are hashable."""
   chosen = {key: value for key, value in section.items() if key not in leave_out}
   return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in chosen.items()}
+
+
+def arguments(function: Callable, section: Config, *leave_out: str) -> dict[str, Any]:
+  """A section of a config as keyword arguments of a function, checked against its signature.
+
+  A subsection changes the fields that it names of the record which is the argument's default; where
+  the default is no record, the subsection becomes a dict.
+
+  Raises:
+    ValueError: for an argument or a field that does not exist.
+  """
+  name = function.__module__.rpartition(".")[2]
+  defaults = {
+    parameter.name: parameter.default
+    for parameter in inspect.signature(function).parameters.values()
+    if parameter.default is not parameter.empty
+  }
+  chosen = named(section, *leave_out)
+  _require_known(chosen, defaults, name)
+  for key, value in chosen.items():
+    if isinstance(value, Config):
+      fields, default = named(value), defaults[key]
+      if hasattr(default, "_replace"):
+        _require_known(fields, default._fields, f"{name}.{key}")
+      chosen[key] = default._replace(**fields) if hasattr(default, "_replace") else fields
+  return chosen
+
+
+def _require_known(chosen, known, name):
+  """Raises ValueError for the first key that is not known."""
+  for key in chosen:
+    if key not in known:
+      raise ValueError(f"{name} has no option {key!r}; it has {', '.join(known)}.")
 
 
 def fingerprint(value: Any) -> str:

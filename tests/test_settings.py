@@ -1,6 +1,7 @@
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 from ml_collections import config_dict
@@ -13,6 +14,33 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def test_named_makes_hashable_arguments():
   section = config_dict.create(name="x", sizes=[1, 2], rate=0.1)
   assert settings.named(section, "name") == {"sizes": (1, 2), "rate": 0.1}
+
+
+class Pace(NamedTuple):
+  steps: int = 10
+  rate: float = 0.5
+
+
+PACE = Pace()
+
+
+def method(data, *, plans, form="auto", pace=PACE, options=None):
+  """What `arguments` is asked for."""
+
+
+def test_arguments_are_checked_and_subsections_change_records():
+  section = config_dict.create(form="full", size=3, pace=dict(steps=20), options=dict(sizes=[1, 2]))
+  assert settings.arguments(method, section, "size") == {
+    "form": "full",
+    "pace": Pace(20, 0.5),
+    "options": {"sizes": (1, 2)},
+  }
+  with pytest.raises(ValueError, match="test_settings has no option 'size'; it has form, pace, o"):
+    settings.arguments(method, section)
+  with pytest.raises(ValueError, match="has no option 'plans'"):
+    settings.arguments(method, config_dict.create(plans=3))
+  with pytest.raises(ValueError, match=r"test_settings.pace has no option 'step'; it has steps, r"):
+    settings.arguments(method, config_dict.create(pace=dict(step=20)))
 
 
 def test_fingerprint_changes_with_any_value_and_not_with_order():
