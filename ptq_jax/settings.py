@@ -349,7 +349,8 @@ def _parse(arguments):
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:
-    sys.exit(_say(f"{error}; see --help.", USER_ERROR))
+    line = str(error).strip().splitlines()[-1]  # what a config file raised comes with a traceback
+    sys.exit(_say(f"{line.removeprefix('ValueError: ').rstrip('.')}; see --help.", USER_ERROR))
   except _BAD_CONFIG as error:
     default = flags.FLAGS["config"].default
     sys.exit(_say(_unknown_key(arguments, default) or _unreadable(error), USER_ERROR))

@@ -93,6 +93,7 @@ def launch(*arguments, error="ValueError('the pool is empty.')", config="configs
     (("--config.train.epoch=3",), "no key 'train.epoch'; did you mean 'train.epochs'?"),
     (("--config", "configs/digits.py", "--config.train.epoch=3"), "no key 'train.epoch'"),
     (("--config=nope.py",), "nope.py"),
+    (("--config=configs/digits.py:epoch=3",), "error: config argument 'epoch=3' is not one of"),
     (("--nope=1",), "Unknown command line flag 'nope'"),
     (("word",), "'word' is not a flag"),
     (("--config.train.epochs=many",), "invalid literal for int"),
