@@ -8,13 +8,15 @@ last is padded), so an attack compiles once. Arrays are only ever sliced along e
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax.base import Array, ArrayLike, Bool, Float, Int
 
-BLOCK_ELEMENTS = 2**17
-"""Models x views x examples of one block: about a megabyte of float64, which caches hold."""
+BLOCK_ELEMENTS = {"cpu": 2**17, "other": 2**24}
+"""Models x views x examples of one block: a megabyte of float64 on CPU, which its caches hold, and
+enough to fill an accelerator, with temporaries of a few gigabytes."""
 
 
 class Inputs(NamedTuple):
@@ -70,7 +72,8 @@ def prepare(
     left_out = _checked_left_out(np.asarray(left_out), members, len(target_scores))
   if size is None:
     num_models = max(len(members), len(target_scores))
-    size = max(64, BLOCK_ELEMENTS // (num_models * shadow_scores.shape[2]))
+    platform = "cpu" if jax.default_backend() == "cpu" else "other"
+    size = max(64, BLOCK_ELEMENTS[platform] // (num_models * shadow_scores.shape[2]))
   return Inputs(shadow_scores, members, target_scores, left_out, min(size, members.shape[1]))
 
 

@@ -30,7 +30,7 @@ def logit_scaled(
     [...], natural-log units; higher means more confident, which speaks for a member.
   Raises:
     ValueError: if there are fewer than two classes, or labels do not fit or lie outside [0, C).
-  Reference: Carlini et al. 2022, arXiv:2112.03570, section VI-A.
+  Reference: Carlini et al. 2022, arXiv:2112.03570.
   """
   _check(logits, labels)
   if isinstance(logits, np.ndarray):

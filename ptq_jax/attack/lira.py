@@ -11,7 +11,7 @@ compiled call for all examples, views, targets and variants; medians come from a
 and leaving one shadow out costs no second sort (see `_without`).
 
 Reference: Carlini et al. 2022, "Membership Inference Attacks From First Principles",
-arXiv:2112.03570. The numbers in brackets are its equations.
+arXiv:2112.03570.
 """
 
 import functools
@@ -52,7 +52,7 @@ def online(
   center: Center = "median",
   block_size: int | None = None,
 ) -> Float[np.ndarray, "E"]:
-  """Log-likelihood ratio of a target's scores, "in" against "out" [4].
+  """Log-likelihood ratio of a target's scores, "in" against "out".
 
   mean over views of log N(s; center_in, sd_in) - log N(s; center_out, sd_out).
 
@@ -95,7 +95,7 @@ def offline(
   center: Center = "median",
   block_size: int | None = None,
 ) -> Float[np.ndarray, "E"]:
-  """How improbable a target's scores are for a model that did not train on the example [5].
+  """How improbable a target's scores are for a model that did not train on the example.
 
   Only "out" shadows are read, so an attacker can train them before seeing the audited examples.
 
@@ -338,7 +338,7 @@ def _without(group, removed, is_removed):
   squares = jnp.maximum(group.squares - jnp.square(offset) * (n / rest), 0)
   (smallest, largest), (num_smallest, num_largest) = group.ends, group.num_at_ends
   rest_is_equal = (smallest == largest) | jnp.where(
-    removed == largest, num_smallest == rest, (num_largest == rest) & (removed == smallest)
+    removed == largest, num_smallest == rest, num_largest == rest
   )
   return _Normal(
     count=n - is_removed,

@@ -104,7 +104,7 @@ def tpr_at_fpr(
     float in [0, 1].
   Raises:
     ValueError: if one of the two groups is empty, a score is NaN, or `fpr` or `rule` is unknown.
-  Reference: Carlini et al. 2022, arXiv:2112.03570, section IV.
+  Reference: Carlini et al. 2022, arXiv:2112.03570.
   """
   return point_at_fpr(curve(scores, members), fpr=fpr, rule=rule).tpr
 

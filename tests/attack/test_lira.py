@@ -170,13 +170,12 @@ def test_tail_does_not_saturate():
 
 
 def test_shadows_that_agree_call_for_the_nearer_side():
-  shadows = np.array([1.0, 1.0, 0.0, 0.0])[:, None, None] * np.ones((4, 3, 1))
-  members = np.array([True, True, False, False])[:, None] & np.ones((4, 3), bool)
-  result = lira.online(shadows, members, np.array([[0.9], [0.1], [0.5]]))
+  shadows = np.array([1.1] * 3 + [0.1] * 3)[:, None, None] * np.ones((6, 2, 1))  # 3 * 0.1 != 0.3
+  members = np.array([True] * 3 + [False] * 3)[:, None] & np.ones((6, 2), bool)
+  result = lira.online(shadows, members, np.array([[0.9], [0.2]]))
   assert np.isfinite(result).all()
   assert result[0] > 1e50
   assert result[1] < -1e50
-  assert result[2] == 0
 
 
 def test_one_shadow_suffices_only_with_a_shared_variance(scores):
@@ -187,6 +186,11 @@ def test_one_shadow_suffices_only_with_a_shared_variance(scores):
     lira.online(shadows, few, shadows[0])
   assert np.isfinite(lira.online(shadows, few, shadows[0], variance="pooled")).all()
   assert np.isfinite(lira.offline(shadows, few, shadows[0])).all()
+  targets, left_out = shadows[[4, 0]], np.array([[4], [0]])
+  with pytest.raises(ValueError, match="fewer than 1 'in' shadows for some target"):
+    lira.attack(
+      shadows, few, targets, variants=[lira.Variant("online", "pooled")], left_out=left_out
+    )
   few[:, 17] = True  # no "out" at all
   with pytest.raises(ValueError, match="fewer than 1 'out' shadows"):
     lira.offline(shadows, few, shadows[0], variance="pooled")

@@ -67,7 +67,7 @@ def naive_transfer(scores, members, t, fpr, rule, pool):
 
 @pytest.mark.parametrize("rule", ["at_most", "below"])
 def test_thresholds_are_set_on_other_models(audit, rule):
-  scores, members = audit
+  scores, members = np.round(audit[0], 1), audit[1]
   levels = [intervals.Level(fpr, rule) for fpr in (1.0, 0.1, 0.01, 1e-5)]
   rows = leakage.transferred(scores, members, levels=levels)
   shadows = leakage.Pool(np.round(scores[::-1] + 0.5, 1), members[::-1])
@@ -98,6 +98,21 @@ def test_one_target_is_marked_as_such(audit):
   assert record["auc"]["interval"].startswith("bootstrap over examples,")
   assert record["tpr"][0]["transferred"] is None
   assert record["precision"] == []
+
+
+def test_only_the_audited_count(audit):
+  scores, members = audit
+  audited = np.arange(E)[None] < np.array([300, 310, 320, 330])[:, None]
+  record = leakage.summarise(
+    jax.random.key(0), scores, members, audited=audited, fprs=(0.1,), num_resamples=100
+  )
+  cut = [(scores[t, :n], members[t, :n]) for t, n in enumerate((300, 310, 320, 330))]
+  assert record["auc"]["value"] == pytest.approx(np.mean([roc.auc(*pair) for pair in cut]))
+  assert record["auc"]["low"] < record["auc"]["value"] < record["auc"]["high"]
+  assert record["tpr"][0]["value"] == pytest.approx(
+    np.mean([roc.tpr_at_fpr(*pair, fpr=0.1) for pair in cut])
+  )
+  assert record["num_non_members"] == min((~inside).sum() for _, inside in cut)
 
 
 def test_nobody_found_has_an_upper_limit():
