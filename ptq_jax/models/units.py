@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Variables
 
 WHOLE_MODEL = ""
 """Name of the only unit of a model that has no `units()`."""
@@ -62,7 +62,7 @@ class Unit:
 
 
 def layers(
-  model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "n ..."]
+  model: nn.Module, variables: Variables, images: ArrayLike | jax.ShapeDtypeStruct
 ) -> list[Layer]:
   """Every Conv and Dense layer of a Linen model, in execution order.
 
@@ -97,7 +97,9 @@ def layers(
   return list(found.values())
 
 
-def chain(model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "n ..."]) -> list[Unit]:
+def chain(
+  model: nn.Module, variables: Variables, images: ArrayLike | jax.ShapeDtypeStruct
+) -> list[Unit]:
   """The units of a model in order, each with its layers; see `layers` for arguments and errors.
 
   A model with methods `units()` and `run_unit(x, name, train)`, as all of our zoo have, is the

@@ -16,6 +16,7 @@ so a full-batch step costs two matrix products whatever the number of images. Th
 that form is also cheap to improve one weight at a time: `polish` ends the second-moment form.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -40,11 +41,9 @@ from ptq_jax.quantize.reconstruct import Schedule
 MINI_BATCH = Schedule(num_steps=20_000, learning_rate=1e-3, weight=1e-3, batch_size=32)
 """The paper's schedule."""
 
-SECOND_MOMENT = Schedule(
-  num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(0.8, 0.9)
-)
-"""Found by measurement: its hard-rounded error is no higher than that of `MINI_BATCH`. The objective
-has no noise, so long memories in Adam only slow it down (BUILD_NOTES.md)."""
+SECOND_MOMENT = Schedule(num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(0.8, 0.9))
+"""Found by measurement: hard-rounded, its error is no higher than that of `MINI_BATCH`. There is no
+noise in the objective, so long memories in Adam only slow it down (BUILD_NOTES.md)."""
 
 POLISH_BLOCK = 32  # coordinates between two updates of the whole gradient
 CHECK_EVERY = 25  # steps between two looks at whether all weights have decided
@@ -373,7 +372,8 @@ def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outco
 def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
   """The second-moment form: kernels, errors before and after, steps, of the active branches."""
   sums = walk.stack([_layer_moments(site, layer, index) for index in active])
-  found, solution = _solve(layer, schedule, stop, sweeps, kernels, grids, sums)
+  shape = dataclasses.replace(layer, path="")  # layers of equal shape share a compilation
+  found, solution = _solve(shape, schedule, stop, sweeps, kernels, grids, sums)
   return found, *(np.asarray(part) for part in solution[1:])
 
 

@@ -33,6 +33,8 @@ SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(
 PAPER = Schedule(num_steps=20_000, learning_rate=1e-3, weight=0.01)
 """The paper's schedule."""
 
+BRANCHES_AT_ONCE = 8  # of a block with convolutions, in one compiled loop
+
 
 def quantize_params(
   key: Key,
@@ -174,12 +176,17 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
   fitted = {layer: walk.fit_grids(site, layer, options.grid_options) for layer in site.unit.layers}
   num = len(site.models)
   before, after, steps = (np.zeros(num, dtype) for dtype in (float, float, int))
-  for paths, active in _groups(site, fitted):
+  lowering, at_once, steps_per_call = _execution(site.unit, jax.default_backend())
+  run = UnitRun(Hashable(site.model), site.unit, lowering)
+  for paths, active in _groups(site, fitted, at_once):
     problems = _problems(site, fitted, paths, active, options)
-    run = UnitRun(Hashable(site.model), site.unit, "patches")
-    keys = walk.rows(site.keys, active)
     alphas, steps[active] = reconstruct.minimize(
-      run, problems, keys, schedule=options.schedule, stop=options.stop
+      run,
+      problems,
+      walk.rows(site.keys, active),
+      schedule=options.schedule,
+      stop=options.stop,
+      steps_per_call=steps_per_call,
     )
     kernels, before[active], after[active] = reconstruct.finish(
       run, problems, alphas, batch_size=capture.images_at_once(site.unit.layers)
@@ -193,14 +200,31 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
   return [walk.Outcome(site.unit.name, before, after, steps, grids, seconds)]
 
 
-def _groups(site, fitted):
+def _execution(unit: Unit, backend: str) -> tuple[str, int | None, int]:
+  """How a unit's loop runs: lowering, branches at once (None: all), steps per dispatch.
+
+  A block of several convolutions runs as it is: on CPU one branch and one step at a time, because
+  convolutions are slow in XLA's loops there; elsewhere a few branches at once, because the
+  convolution unrolls over them and each costs compile time.
+  """
+  if len(unit.layers) == 1 and backend == "cpu":
+    return "patches", None, reconstruct.STEPS_PER_CALL
+  if backend == "cpu":
+    return "native", 1, 1
+  return "native", BRANCHES_AT_ONCE, reconstruct.STEPS_PER_CALL
+
+
+def _groups(site, fitted, at_once):
   """Branches of a site by which of the unit's layers they quantize: (layers, positions)."""
   groups: dict[tuple, list[int]] = {}
   for index in range(len(site.models)):
     chosen = tuple(layer for layer, (_, _, levels) in fitted.items() if levels[index] > 0)
     if chosen:
       groups.setdefault(chosen, []).append(index)
-  return [(layers, np.array(active)) for layers, active in groups.items()]
+  for layers, active in groups.items():
+    size = at_once or len(active)
+    for start in range(0, len(active), size):
+      yield layers, np.array(active[start : start + size])
 
 
 def _problems(site: walk.Site, fitted, layers, active, options: _Options) -> Problem:

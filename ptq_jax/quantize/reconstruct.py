@@ -250,7 +250,7 @@ def decided(alphas: PyTree, *, share: float = UNDECIDED) -> Bool[Array, ""]:
     h = rounding.soft(alpha)
     undecided += jnp.sum((h > 1e-4) & (h < 1 - 1e-4))
     total += h.size
-  return undecided <= share * total
+  return (undecided <= share * total).astype(bool)  # strong type, or callers compile twice
 
 
 def draw(key: Key, *, num_images: int, batch_size: int) -> Int[Array, " batch"]:

@@ -239,9 +239,7 @@ def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
     branches = [b._replace(variables=v) for b, v in zip(branches, site.quantized, strict=True)]
     if index + 1 < len(chain):
       full_inputs = {m: run_unit(model, unit, full[m], x) for m, x in full_inputs.items()}
-      branches = [
-        b._replace(inputs=run_unit(model, unit, b.variables, b.inputs)) for b in branches
-      ]
+      branches = [b._replace(inputs=run_unit(model, unit, b.variables, b.inputs)) for b in branches]
   by_pair = {pair: branch.variables for branch in branches for pair in branch.pairs}
   return [by_pair[i] for i in range(len(chunk))], outcomes
 
