@@ -26,8 +26,9 @@ from ptq_jax.quantize import capture
 from ptq_jax.quantize.grid import check_finite
 
 MAX_INFLATION = 2e4
-"""Largest H_jj * (H^-1)_jj accepted without more damping: the factor by which a diagonal entry of
-the inverse shrinks while OBC eliminates columns, that is the loss of digits of float32."""
+"""Largest H_jj * (H^-1)_jj accepted without more damping. While OBC eliminates columns, entry j of
+the inverse's diagonal falls from (H^-1)_jj to 1 / H_jj at the lowest, so this bounds what
+float32 loses by cancellation: a part in 500."""
 
 FIRST_DAMPING = 1e-4
 """Damping of a Hessian that is not invertible enough as it is; ten times more until it is."""
@@ -38,8 +39,6 @@ class Inverse(NamedTuple):
 
   matrix: Float[ArrayLike, "... D D"]
   """H^-1, symmetric positive definite. A dead column is coupled to nothing."""
-  floor: Float[ArrayLike, "... D"]
-  """1 / H_jj: what the diagonal entry j cannot fall below, whatever is eliminated around it."""
   damping: Float[ArrayLike, "..."]
   """The damping that was needed, relative to each diagonal entry."""
 
@@ -281,9 +280,8 @@ def _inverse(dtype, hessian, damping):
   diagonal = jnp.where(live, diagonal, mean)
   root = jnp.sqrt(diagonal)
   identity = jnp.eye(len(diagonal), dtype=wide)
-  coupled = live[:, None] & live[None, :] & (identity == 0)
   unit = (hessian + hessian.T) / 2 / (root[:, None] * root[None, :])
-  unit = jnp.where(coupled, unit, identity)
+  unit = jnp.where(identity == 0, unit, 1)
 
   def attempt(state):
     damping = state.candidate
@@ -300,5 +298,4 @@ def _inverse(dtype, hessian, damping):
     _Search(damping, damping, identity, jnp.zeros((), bool)),
   )
   matrix = jnp.where(state.good, state.matrix, identity) / (root[:, None] * root[None, :])
-  floor = 1 / (diagonal * (1 + state.damping))
-  return Inverse(matrix.astype(dtype), floor.astype(dtype), state.damping.astype(dtype))
+  return Inverse(matrix.astype(dtype), state.damping.astype(dtype))

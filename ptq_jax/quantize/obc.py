@@ -262,8 +262,8 @@ def rows_at_once(rows: int, D: int, dtype: np.dtype, memory_bytes: int) -> int:
 
 
 def bytes_per_row(D: int, dtype: np.dtype) -> int:
-  """About what one row takes while it is worked on: its inverse, a copy, and the factors."""
-  return 2 * D * D * max(np.dtype(dtype).itemsize, 4)
+  """About what one row takes at most: its inverse before and after dropping columns, a product."""
+  return 3 * D * D * max(np.dtype(dtype).itemsize, 4)
 
 
 def _num_blocks(D):
@@ -335,7 +335,6 @@ def _eliminate(widths, inverse, weights, owner, grid):
   rows, D = weights.shape
   columns = jnp.broadcast_to(jnp.arange(D, dtype=jnp.int32), (rows, D))  # where they come from
   diagonal = jax.vmap(jnp.diagonal)(inverse.matrix)[owner]
-  floor = inverse.floor[owner]
   current = None  # [rows, R, R]; the first block reads the shared inverse
   for width, left in itertools.pairwise(widths):
     if current is None:
@@ -348,7 +347,7 @@ def _eliminate(widths, inverse, weights, owner, grid):
       jnp.zeros((rows, width), bool),
       jnp.zeros((rows, width - left, width), weights.dtype),
     )
-    step = functools.partial(_step, column, floor, grid)
+    step = functools.partial(_step, column, grid)
     state = jax.lax.fori_loop(0, width - left, step, state)
     result = jnp.put_along_axis(result, columns, state.weights, axis=1, inplace=False)
     if not left:
@@ -361,25 +360,25 @@ def _eliminate(widths, inverse, weights, owner, grid):
       current = _take(_take(current, keep[:, :, None], 1), keep[:, None, :], 2)
     factors = _take(state.factors, keep[:, None, :], 2)
     current -= jnp.einsum("rti,rtj->rij", factors, factors, precision=HIGHEST)
-    weights, diagonal, floor, columns = (
-      _take(part, keep, 1) for part in (state.weights, state.diagonal, floor, columns)
+    weights, diagonal, columns = (
+      _take(part, keep, 1) for part in (state.weights, state.diagonal, columns)
     )
 
 
-def _step(column, floor, grid, t, state):
+def _step(column, grid, t, state):
   """Rounds one weight of every row, moves the others, and adds a factor."""
   w, diagonal, finished, factors = state
   rounded = grids.nearest(w, grid)
   error = w - rounded
   squared = error * error
   outlier = squared > 0.25 * grid.scale * grid.scale
-  score = jnp.where(outlier, -squared, squared / jnp.maximum(diagonal, floor))
+  score = jnp.where(outlier, -squared, squared / diagonal)
   j = _argmin(jnp.where(finished, jnp.inf, score))
   c = column(j) - jnp.einsum(
     "rti,rt->ri", factors, _take(factors, j[:, None, None], 2)[:, :, 0], precision=HIGHEST
   )
   c = jnp.where(finished, 0, c)
-  d = jnp.maximum(_take(c, j[:, None], 1), _take(floor, j[:, None], 1))
+  d = _take(c, j[:, None], 1)
   chosen = jnp.arange(w.shape[1])[None] == j[:, None]
   w = jnp.where(chosen, rounded, w - c * (_take(error, j[:, None], 1) / d))
   factor = c / jnp.sqrt(d)
@@ -411,4 +410,5 @@ def _take_shared_row(matrices, owner, j):
 
 
 def _take(array, indices, axis):
+  """`take_along_axis` without the code for indices out of bounds, which there are none of."""
   return jnp.take_along_axis(array, indices, axis=axis, mode="promise_in_bounds")

@@ -167,6 +167,7 @@ def test_degenerate_channels_are_safe(levels, include_zero, symmetric, search):
   assert (np.asarray(fitted.scale) > 0).all()
   assert np.isfinite(rounded).all()
   assert (rounded[:, 0] == 0).all()
+  assert float(fitted.scale[0, 0]) == np.float32(2 / (levels - 1))  # all shrink factors tie
   if not symmetric:  # the range of a constant channel ends at the constant
     np.testing.assert_allclose(rounded[:, [1, 2, 5]], weights[:, [1, 2, 5]], rtol=0.01)
 

@@ -167,7 +167,6 @@ def test_inverse_of_a_regular_hessian_is_not_damped():
   found = hessian.inverse(matrix)
   assert float(found.damping) == 0
   np.testing.assert_allclose(found.matrix, np.linalg.inv(matrix), rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(found.floor, 1 / np.diagonal(matrix), rtol=1e-6)
 
 
 def test_damping_scales_the_diagonal():
@@ -197,7 +196,6 @@ def test_singular_and_dead():
   inflation = np.diagonal(found.matrix) * diagonal
   assert inflation.max() <= hessian.MAX_INFLATION
   assert (np.asarray(found.matrix)[3, np.arange(12) != 3] == 0).all()
-  assert (np.diagonal(found.matrix) >= found.floor * (1 - 1e-5)).all()
 
 
 @pytest.mark.parametrize("matrix", [np.zeros((3, 3)), -np.eye(3), np.full((3, 3), np.nan)])
