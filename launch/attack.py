@@ -24,7 +24,13 @@ import numpy as np
 
 from launch import report
 from launch.progress import Progress
-from launch.workdir import FULL_PRECISION, Audit, open_audit, variant_name
+from launch.workdir import (
+  FULL_PRECISION,
+  MODELS_LEAVE_ONE_OUT,
+  Audit,
+  open_audit,
+  variant_name,
+)
 from ptq_jax import settings, storage
 from ptq_jax.attack import exposure, guards, protocol
 from ptq_jax.data import duplicates
@@ -95,33 +101,34 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
   found, main = [], audit.config.attack.attacks[0]
   attackers = {"full_precision": full} if is_full else {"full_precision": full, "matched": own}
   for attacker, shadows in attackers.items():
-    scores = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
+    scores, pools = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
     for number, (name, rows) in enumerate(scores.items()):
-      groups = {"all": None}
-      if name == main and not is_full:
-        groups |= member_groups(audit, own["calibration"])
-      for group, audited in groups.items():
-        key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
-        summary = summarise(audit.config.attack, key, rows, target_members(audit), audited=audited)
-        found.append(
-          records.make(
-            "leakage", attacker=attacker, attack=name, members=group, **common, **summary
-          )
+      key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
+      for group, examples in audited_groups(audit, own, every=name == main).items():
+        summary = summarise(
+          audit.config.attack,
+          key,
+          rows,
+          examples.members,
+          audited=examples.audited,
+          shadows=pools.get(name) if group == "all" else None,
         )
+        about = {"attacker": attacker, "attack": name, "members": group}
+        found.append(records.make("leakage", **about, **common, **summary))
   found += [] if is_full else unit_records(audit, variant)
   return Attacked(found, scores[main])
 
 
-def summarise(options, key, scores, members, *, audited=None) -> dict:
+def summarise(options, key, scores, members, **more) -> dict:
   """Metrics of one attack with intervals; `options` is the attack section of a config."""
   return leakage.summarise(
     key,
     scores,
     members,
     fprs=tuple(options.fprs),
-    audited=audited,
     num_resamples=options.resamples,
     confidence=options.confidence,
+    **more,
   )
 
 
@@ -130,18 +137,15 @@ def target_members(audit: Audit) -> np.ndarray:
   return audit.members.get("targets", audit.members["shadows"])
 
 
-def member_groups(audit: Audit, calibration: np.ndarray) -> dict[str, np.ndarray]:
-  """Members that calibrated the quantizer and the other members, beside the same non-members.
-
-  Masks bool[T, E] by name; without groups where no member calibrated, or every member did.
-  """
+def audited_groups(audit: Audit, own: dict, *, every: bool) -> dict[str, leakage.Audit]:
+  """All examples, and with `every` also those apart that calibrated the quantizer."""
   members = target_members(audit)
-  calibrated = np.zeros_like(members)
-  np.put_along_axis(calibrated, calibration, True, axis=1)
-  groups = {"calibration": calibrated & members, "not_calibration": ~calibrated & members}
-  if not all(group.any(axis=1).all() for group in groups.values()):
-    return {}
-  return {name: group | ~members for name, group in groups.items()}
+  groups = {"all": leakage.Audit(members, np.ones_like(members))}
+  if every and own["calibration"] is not None:
+    calibrated = np.zeros_like(members)
+    np.put_along_axis(calibrated, own["calibration"], True, axis=1)
+    groups |= leakage.calibration_audits(members, calibrated)
+  return groups
 
 
 def exposures(audit: Audit, evidence: dict[Variant, np.ndarray]) -> list[dict]:
@@ -182,16 +186,24 @@ def exposures(audit: Audit, evidence: dict[Variant, np.ndarray]) -> list[dict]:
   ]
 
 
-def attack_scores(audit: Audit, shadow_scores, target_scores) -> dict[str, np.ndarray]:
-  """Every configured attack on every target, [T, E] each."""
+def attack_scores(audit: Audit, shadow_scores, target_scores) -> tuple[dict, dict]:
+  """Every configured attack on every target, [T, E] each; on shadows too where targets are apart.
+
+  The second sets the thresholds of an attacker who knows no target's membership.
+  """
   options = {
     "attacks": tuple(audit.config.attack.attacks),
     "labels": audit.dataset.train_labels,
   }
   members = audit.members["shadows"]
-  if "targets" in audit.members:
-    return protocol.dedicated_targets(shadow_scores, members, target_scores, **options)
-  return protocol.leave_one_out(shadow_scores, members, audited_scores=target_scores, **options)
+  if "targets" not in audit.members:
+    found = protocol.leave_one_out(shadow_scores, members, audited_scores=target_scores, **options)
+    return found, {}
+  found = protocol.dedicated_targets(shadow_scores, members, target_scores, **options)
+  if len(members) < MODELS_LEAVE_ONE_OUT:
+    return found, {}
+  among_shadows = protocol.leave_one_out(shadow_scores, members, **options)
+  return found, {name: leakage.Pool(rows, members) for name, rows in among_shadows.items()}
 
 
 def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:

@@ -32,6 +32,9 @@ from ptq_jax.train import fit, optimizer
 
 FULL_PRECISION = Variant("none", None, None)
 
+MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
+"""Fewest shadows with which every example has two on each side: all there, or a pair left out."""
+
 MAY_GROW = ("train.models", "train.targets")
 MAY_CHANGE = (
   "name",
@@ -106,7 +109,7 @@ class Audit:
     rows, quantize, attack = self.members["shadows"], self.config.quantize, self.config.attack
     members = rows.sum(axis=1).min()
     assert self.recipe  # made here, so that a bad model or optimizer is known now
-    needed = 4 if "targets" in self.members else 6
+    needed = MODELS_DEDICATED if "targets" in self.members else MODELS_LEAVE_ONE_OUT
     if len(rows) < needed:
       raise ValueError(
         f"train.models is {len(rows)}; LiRA needs two shadows that trained on an example and two "

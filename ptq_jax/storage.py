@@ -156,6 +156,10 @@ def require_writable(directory: Path | str) -> Path:
   return directory
 
 
+RECORD = "record"
+"""Name of the array of a checkpoint that holds its metadata and checksums, as JSON."""
+
+
 class Saved(NamedTuple):
   """A checkpoint read back, or step 0 and no tree if there is none."""
 
@@ -166,33 +170,25 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-  """Orbax checkpoints of one tree over time: written in the background, atomic, the last two kept.
+  """Checkpoints of one tree over time: written in the background, atomic, the last two kept.
+
+  Orbax writes them. Where several processes run side by side, each with models of its own, .npz
+  files take their place: Orbax then expects all processes to save one tree together.
 
   Every leaf has a checksum, so that damaged bytes are recognised and not trained on. Use it as a
   context manager: leaving it waits until everything is on the disk.
   """
 
   def __init__(self, directory: Path | str, *, keep: int = 2):
-    import orbax.checkpoint as ocp  # takes seconds, and only training and quantizing need it
-
-    logging.getLogger("absl").addFilter(_is_serious)  # Orbax logs every step it takes
-    self._ocp = ocp
     self.directory = Path(directory).absolute()
-    process = jax.process_index()  # every process keeps checkpoints of its own models
-    alone = ocp.options.MultiprocessingOptions(
-      primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
-    )
-    self.directory.mkdir(parents=True, exist_ok=True)
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=False, multiprocessing_options=alone
-    )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    files = jax.process_count() > 1 or any(self.directory.glob("*.npz"))
+    self._steps = (_FileSteps if files else _OrbaxSteps)(self.directory, keep)
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exception) -> None:
-    self._manager.close()
+    self._steps.close()
 
   def save(self, step: int, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     """Copies the tree to the host and writes it in the background.
@@ -202,13 +198,10 @@ class Checkpoints:
     """
     leaves = _leaves(jax.device_get(tree))
     record = {"metadata": dict(metadata), "checksums": _checksums(leaves)}
-    args = self._ocp.args
+    text = json.dumps(record).encode().ljust(_record_bytes(leaves))
+    leaves[RECORD] = np.frombuffer(text, np.uint8)
     try:
-      self._manager.save(
-        step,
-        args=args.Composite(state=args.StandardSave(leaves), record=args.JsonSave(record)),
-        force=True,
-      )
+      self._steps.save(step, leaves)
     except (OSError, ValueError, RuntimeError) as error:
       raise OSError(
         f"a checkpoint in {self.directory} could not be written ({error}); make room or choose "
@@ -217,7 +210,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Until everything saved is on the disk."""
-    self._manager.wait_until_finished()
+    self._steps.wait()
 
   def restore(self, like: PyTree) -> Saved:
     """The newest checkpoint that reads back whole; damaged ones are deleted and named.
@@ -226,39 +219,93 @@ class Checkpoints:
       like: a tree of the same structure, shapes and dtypes: arrays or `jax.ShapeDtypeStruct`.
     """
     skipped = []
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in sorted(self._steps.all(), reverse=True):
       try:
         tree, metadata = self._read(step, like)
         return Saved(step, tree, metadata, tuple(skipped))
       except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         skipped.append(f"checkpoint {self.directory / str(step)} is corrupt ({reason})")
-        self._manager.delete(step)
+        self._steps.delete(step)
     return Saved(0, None, {}, tuple(skipped))
 
   def _read(self, step, like):
-    args = self._ocp.args
-    names = _leaves(like)
-    target = {
-      name: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=_first_device())
-      for name, leaf in names.items()
-    }
-    saved = self._manager.restore(
-      step, args=args.Composite(state=args.StandardRestore(target), record=args.JsonRestore())
-    )
-    leaves = {name: np.asarray(saved.state[name]) for name in names}
-    if _checksums(leaves) != saved.record["checksums"]:
+    expected = _leaves(like)
+    expected[RECORD] = np.empty(_record_bytes(expected), np.uint8)
+    saved = self._steps.load(step, expected)
+    leaves = {name: np.asarray(saved[name]) for name in expected}
+    record = json.loads(leaves.pop(RECORD).tobytes())
+    if _checksums(leaves) != record["checksums"]:
       raise CorruptFileError("its checksums do not match")
     tree = jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
-    return tree, saved.record["metadata"]
+    return tree, record["metadata"]
+
+
+class _OrbaxSteps:
+  """Steps of a checkpoint as Orbax keeps them."""
+
+  def __init__(self, directory, keep):
+    import orbax.checkpoint as ocp  # takes seconds, and only training and quantizing need it
+
+    logging.getLogger("absl").addFilter(_is_serious)  # Orbax logs every step it takes
+    self._args = ocp.args
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    self._manager = ocp.CheckpointManager(directory, options=options)
+    self.all, self.delete = self._manager.all_steps, self._manager.delete
+    self.wait, self.close = self._manager.wait_until_finished, self._manager.close
+
+  def save(self, step, leaves):
+    self._manager.save(step, args=self._args.StandardSave(leaves), force=True)
+
+  def load(self, step, expected):
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+      name: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=here)
+      for name, leaf in expected.items()
+    }
+    return self._manager.restore(step, args=self._args.StandardRestore(target))
+
+
+class _FileSteps:
+  """Steps of a checkpoint as one .npz file each."""
+
+  def __init__(self, directory, keep):
+    self._directory, self._keep = directory, keep
+
+  def all(self):
+    for path in self._directory.glob("[0-9]*"):
+      if path.is_dir():
+        raise ValueError(
+          f"{path} was written by a process alone; finish this audit without --distributed."
+        )
+    return [int(path.stem) for path in self._directory.glob("[0-9]*.npz")]
+
+  def delete(self, step):
+    (self._directory / f"{step}.npz").unlink()
+
+  def save(self, step, leaves):
+    save_arrays(self._directory / f"{step}.npz", **leaves)
+    for old in sorted(self.all())[: -self._keep]:
+      self.delete(old)
+
+  def load(self, step, expected):
+    del expected
+    return load_arrays(self._directory / f"{step}.npz")
+
+  def wait(self):
+    pass
+
+  def close(self):
+    pass
+
+
+def _record_bytes(leaves):
+  """Room for the metadata and the checksums of all leaves."""
+  return 4096 + 64 * len(leaves)
 
 
 def _is_serious(record):
   return record.levelno >= logging.ERROR or "orbax" not in record.pathname
-
-
-def _first_device():
-  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _leaves(tree):

@@ -75,6 +75,14 @@ def test_unwritable_directory_is_named(tmp_path):
     storage.require_writable(tmp_path / "file" / "runs")
 
 
+@pytest.fixture(params=["orbax", "files"])
+def either_kind(request, monkeypatch):
+  """Checkpoints of a process alone, and of one of two."""
+  if request.param == "files":
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("either_kind")
 def test_checkpoints_keep_two_and_restore_the_newest(tmp_path):
   with storage.Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2, 3):
@@ -84,19 +92,21 @@ def test_checkpoints_keep_two_and_restore_the_newest(tmp_path):
   assert (saved.step, saved.metadata, saved.skipped) == (3, {"epoch": 3}, ())
   np.testing.assert_array_equal(saved.tree["a"], 3 * np.arange(1000.0))
   assert jax.tree.structure(saved.tree) == jax.tree.structure(TREE)
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+  assert sorted(p.stem for p in tmp_path.iterdir()) == ["2", "3"]
 
 
+@pytest.mark.usefixtures("either_kind")
 def test_nothing_to_restore(tmp_path):
   with storage.Checkpoints(tmp_path / "new") as checkpoints:
     assert checkpoints.restore(TREE) == storage.Saved(0, None, {}, ())
 
 
+@pytest.mark.usefixtures("either_kind")
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
   with storage.Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, TREE, {})
-  for path in (tmp_path / "2" / "state").rglob("d/*"):
+  for path in [*(tmp_path / "2").rglob("d/*"), *tmp_path.glob("2.npz")]:
     damage(path)
   with storage.Checkpoints(tmp_path) as checkpoints:
     saved = checkpoints.restore(TREE)
@@ -114,3 +124,19 @@ def test_wrong_bytes_that_still_decode_are_recognised(tmp_path, monkeypatch):
     saved = checkpoints.restore(TREE)
   assert saved.tree is None
   assert "checksums do not match" in saved.skipped[0]
+
+
+def test_several_processes_read_no_checkpoint_of_one_and_one_reads_theirs(tmp_path, monkeypatch):
+  with storage.Checkpoints(tmp_path / "one") as checkpoints:
+    checkpoints.save(1, TREE, {})
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with (
+    storage.Checkpoints(tmp_path / "one") as checkpoints,
+    pytest.raises(ValueError, match="finish this audit without --distributed"),
+  ):
+    checkpoints.restore(TREE)
+  with storage.Checkpoints(tmp_path / "two") as checkpoints:
+    checkpoints.save(1, TREE, {})
+  monkeypatch.undo()
+  with storage.Checkpoints(tmp_path / "two") as checkpoints:
+    assert checkpoints.restore(TREE).step == 1

@@ -108,17 +108,13 @@ def chain(
   all_layers = layers(model, variables, images)
   if not has_units(model):
     return [Unit(WHOLE_MODEL, tuple(all_layers))]
-  names = list(model.units())
-  units = [
-    Unit(name, tuple(layer for layer in all_layers if layer.path.split(trees.SEPARATOR)[0] == name))
-    for name in names
-  ]
-  outside = [
-    layer.path for layer in all_layers if layer.path.split(trees.SEPARATOR)[0] not in names
-  ]
-  if outside:
-    raise ValueError(f"layer {outside[0]!r} belongs to none of the model's units {names}.")
-  return units
+  members: dict[str, list[Layer]] = {name: [] for name in model.units()}
+  for layer in all_layers:
+    owner = layer.path.split(trees.SEPARATOR)[0]
+    if owner not in members:
+      raise ValueError(f"layer {layer.path!r} belongs to none of the units {list(members)}.")
+    members[owner].append(layer)
+  return [Unit(name, tuple(inside)) for name, inside in members.items()]
 
 
 def has_units(model: nn.Module) -> bool:
