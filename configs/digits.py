@@ -18,6 +18,7 @@ def get_config(arg=""):
   config.model.width = 16
   config.train.models = args["models"]
   config.train.epochs = args["epochs"]
+  config.train.models_per_chunk = 16
   config.train.checkpoint_minutes = 1.0
   # With 14 shadows a variance per example is a coarse guess; the pooled one is steady.
   attacks = ("lira_online_pooled", "lira_online", "lira_offline_pooled", "loss_threshold")

@@ -37,9 +37,27 @@ def train(audit: Audit) -> None:
   total = sum(len(chunk) for chunk in chunks) * epochs
   done = total - sum(len(chunk) for chunk in pending) * epochs
   with audit.timed("train_shadows"), Progress("train_shadows", total, done=done) as progress:
-    for chunk in pending:
-      variables = train_chunk(audit, chunk, progress)
+    while pending:
+      chunk = pending.pop(0)
+      try:
+        variables = train_chunk(audit, chunk, progress)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(chunk) == 1:
+          raise
+        pending = [*halves(audit, chunk, progress), *pending]
+        continue
       audit.save_scores(FULL_PRECISION, chunk, pack.pack(variables, {}))
+
+
+def halves(audit: Audit, chunk: Chunk, progress: Progress) -> list[Chunk]:
+  """Two chunks in place of one that did not fit into memory."""
+  middle = (chunk.first + chunk.last) // 2
+  progress.say(
+    f"out of memory with {len(chunk)} models at once; going on with {middle - chunk.first}. Set "
+    f"train.models_per_chunk={middle - chunk.first} to begin so."
+  )
+  shutil.rmtree(audit.model_directory(chunk), ignore_errors=True)
+  return [Chunk(chunk.group, chunk.first, middle), Chunk(chunk.group, middle, chunk.last)]
 
 
 def train_chunk(audit: Audit, chunk: Chunk, progress: Progress):

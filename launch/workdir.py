@@ -25,15 +25,18 @@ import numpy as np
 from ptq_jax import models, settings, storage
 from ptq_jax.attack import confidence, protocol
 from ptq_jax.data import augment, batches, load, membership
-from ptq_jax.models import predict, units
+from ptq_jax.models import parallel, predict, units
 from ptq_jax.quantize import METHODS, grid, pack, plan
 from ptq_jax.report.records import Variant
-from ptq_jax.train import fit, optimizer
+from ptq_jax.train import fit, optimizer, shadows
 
 FULL_PRECISION = Variant("none", None, None)
 
 MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
 """Fewest shadows with which every example has two on each side: all there, or a pair left out."""
+
+CPU_CHUNK = 16
+"""Most models at once on a CPU, where more cost compilation and gain nothing."""
 
 MAY_GROW = ("train.models", "train.targets")
 MAY_CHANGE = (
@@ -126,6 +129,11 @@ class Audit:
         )
       for levels in (variant.levels, variant.last_layer_levels or 2):
         grid.check_levels(levels)
+    if self.config.train.models_per_chunk < 0:
+      raise ValueError(
+        f"train.models_per_chunk is {self.config.train.models_per_chunk}; give a number of models, "
+        "or 0 for as many as fit."
+      )
     if not 1 <= quantize.calibration_size <= members:
       raise ValueError(
         f"quantize.calibration_size is {quantize.calibration_size}; a model has {members} members, "
@@ -205,14 +213,31 @@ class Audit:
     Raises:
       ValueError: if the workdir has more models than the config.
     """
-    size = self.config.train.models_per_chunk
-    if size < 1:
-      raise ValueError(f"train.models_per_chunk is {size}; it must be at least 1.")
     return [
       chunk
       for group, rows in self.members.items()
-      for chunk in _cover(group, len(rows), size, self._begun(group))
+      for chunk in _cover(group, len(rows), self._begun(group), size=lambda: self.chunk_size)
     ]
+
+  @functools.cached_property
+  def chunk_size(self) -> int:
+    """Models that train at once: the config's number, or with 0 as many as fit."""
+    size = self.config.train.models_per_chunk
+    if size:
+      return size
+    devices = jax.local_devices()
+    most = max(len(rows) for rows in self.members.values())
+    if devices[0].platform == "cpu":
+      most = min(most, CPU_CHUNK)
+    found = shadows.largest_chunk(
+      self.recipe,
+      num_examples=len(self.dataset.train_labels),
+      num_members=len(self.dataset.train_labels) // 2,
+      image_shape=self.dataset.image_shape,
+      memory_bytes=parallel.device_memory_bytes() * 9 // 10,
+      at_most=-(-most // len(devices)),
+    )
+    return found * len(devices)
 
   def own_chunks(self) -> list[Chunk]:
     """The chunks that this process trains and quantizes: its share of all."""
@@ -438,7 +463,7 @@ def parse_overrides(texts) -> dict[str, int | None]:
   return overrides
 
 
-def _cover(group, count, size, begun):
+def _cover(group, count, begun, *, size):
   """Chunks that cover 0 .. count: the ones begun, and new ones in the gaps."""
   if begun and begun[-1].last > count:
     raise ValueError(
@@ -447,8 +472,9 @@ def _cover(group, count, size, begun):
     )
   chunks, position = [], 0
   for known in [*begun, Chunk(group, count, count)]:
-    for first in range(position, known.first, size):
-      chunks.append(Chunk(group, first, min(first + size, known.first)))
+    if position < known.first:
+      for first in range(position, known.first, size()):
+        chunks.append(Chunk(group, first, min(first + size(), known.first)))
     chunks.append(known)
     position = known.last
   return [chunk for chunk in chunks if len(chunk)]

@@ -59,7 +59,7 @@ def audit_defaults() -> Config:
       schedule="cosine",
       label_smoothing=0.0,
       augmentation=(),  # flip, crop4, shift1, ...
-      models_per_chunk=16,  # memory only: no result depends on it
+      models_per_chunk=0,  # at once; 0: as many as fit. Memory only: no result depends on it
       checkpoint_minutes=5.0,
     ),
     queries=dict(

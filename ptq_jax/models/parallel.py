@@ -4,6 +4,7 @@ A device mesh has one axis, "models". Functions written for one model are vmappe
 split over it with `jax.shard_map`; results do not depend on how many devices there are.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,6 +28,14 @@ def mesh_for(num_models: int, *, devices: Sequence[jax.Device] | None = None) ->
     return None
   types = (jax.sharding.AxisType.Auto,)
   return jax.make_mesh((count,), (AXIS,), axis_types=types, devices=devices[:count])
+
+
+def device_memory_bytes() -> int:
+  """Memory of one local device; half of the machine's where the backend does not say (CPU)."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def over_models(

@@ -79,6 +79,48 @@ def epochs(
     yield Epoch(epoch + 1, states, _mean(parts, weights))
 
 
+def largest_chunk(
+  recipe: fit.Recipe,
+  *,
+  num_examples: int,
+  num_members: int,
+  image_shape: tuple[int, int, int],
+  memory_bytes: int,
+  at_most: int,
+) -> int:
+  """How many models can train at once in so much memory, by what the compiler says it needs.
+
+  Compiles one step of one model and of two, and takes memory to grow linearly from there.
+
+  Args:
+    recipe: of all models.
+    num_examples: E, the pool, which is on the device as bytes.
+    num_members: of each model.
+    image_shape: of one image.
+    memory_bytes: of one device.
+    at_most: the answer is between 1 and this.
+  """
+  one, two = (
+    _step_bytes(recipe, models, num_examples, num_members, image_shape) for models in (1, 2)
+  )
+  more = max(two - one, 1)
+  return int(min(max((memory_bytes - one) // more + 1, 1), at_most))
+
+
+def _step_bytes(recipe, num_models, num_examples, num_members, image_shape):
+  """Bytes of arguments, results and scratch memory of one step of a chunk."""
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_models))
+  one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
+  states = jax.eval_shape(jax.vmap(one), keys)
+  images = jax.ShapeDtypeStruct((num_examples, *image_shape), jnp.uint8)
+  labels = jax.ShapeDtypeStruct((num_examples,), jnp.int32)
+  steps = 1 if jax.default_backend() == "cpu" else num_members // recipe.batch_size
+  indices = jax.ShapeDtypeStruct((num_models, steps, recipe.batch_size), jnp.int32)
+  compiled = _run.lower(recipe, None, states, keys, images, labels, indices).compile()
+  needs = compiled.memory_analysis()
+  return needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
+
+
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _indices(keys, members, epoch, *, batch_size):
   one = functools.partial(fit.epoch_indices, batch_size=batch_size)

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from launch import workdir
+from launch import train_shadows, workdir
 from ptq_jax import settings, storage
 from ptq_jax.report import records
 
@@ -286,6 +287,27 @@ def test_stages_out_of_order_say_what_is_missing(tmp_path):
     done = launch(stage, tmp_path)
     assert done.returncode == 2
     assert f"run bash launch/run {needs} first" in done.stderr
+
+
+def test_out_of_memory_halves_the_chunk(tmp_path, monkeypatch, capsys):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  config.train.models_per_chunk = 8
+  audit = workdir.open_audit(config, tmp_path)
+
+  def train_chunk(audit, chunk, progress):
+    progress.advance(0)
+    audit.model_directory(chunk).mkdir(parents=True)
+    if len(chunk) > 2:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    like = train_shadows.states_like(audit, chunk).variables
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+
+  monkeypatch.setattr(train_shadows, "train_chunk", train_chunk)
+  train_shadows.train(audit)
+  names = sorted(path.name for path in (tmp_path / "models").iterdir())
+  assert names == [f"shadows-{i:05d}-{i + 2:05d}" for i in (0, 2, 4, 6)]
+  assert "out of memory with 8 models at once; going on with 4" in capsys.readouterr().err
+  assert len(audit.load_scores(workdir.FULL_PRECISION, "shadows")["scores"]) == 8
 
 
 def npz(path, **changes):

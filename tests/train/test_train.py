@@ -169,3 +169,15 @@ def test_one_compilation_per_chunk_shape(setup):
   train((recipe, *setup[1:]), [0, 1])
   train((recipe, *setup[1:]), [2, 3])
   assert shadows._run._cache_size() - before == 1
+
+
+def test_largest_chunk_follows_the_memory(setup):
+  recipe = setup[0]
+  sizes = {"num_examples": EXAMPLES, "num_members": EXAMPLES // 2, "image_shape": (6, 6, 1)}
+  choose = functools.partial(shadows.largest_chunk, recipe, **sizes, at_most=100)
+  one, two = (shadows._step_bytes(recipe, models, *sizes.values()) for models in (1, 2))
+  assert one < two
+  assert choose(memory_bytes=0) == 1
+  assert choose(memory_bytes=two) == 2
+  assert choose(memory_bytes=one + 6 * (two - one)) == 7
+  assert choose(memory_bytes=10**12) == 100
