@@ -139,38 +139,42 @@ def each_layer(
   start = time.perf_counter()
   for layer, hessians in hessian.of_layers(model, variables, images, layers, memory_bytes=budget):
     levels = [chosen[layer.path] for chosen in plans]
-    original = trees.get(variables, layer.kernel)
-    kernels[layer.kernel], record = _layer(solve, options, layer, original, hessians, levels)
+    original = jnp.asarray(trees.get(variables, layer.kernel))
+    kernels[layer.kernel], before, after, grids = _layer(
+      solve, options, layer, original, hessians, levels
+    )
     end = time.perf_counter()
-    share = np.full(record.error_after.shape, (end - start) / record.error_after.size)
-    records.append(record._replace(seconds=share))
+    seconds = np.full(after.shape, (end - start) / after.size)
+    steps = np.zeros(after.shape, int)
+    records.append(Record(layer.path, before, after, steps, seconds, {layer.path: grids}))
     start = end
   copies = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * len(plans)), variables)
   return trees.replace(copies, kernels), records
 
 
 def _layer(solve, options, layer, original, hessians, levels):
-  """Kernels [P, M, ...] of one layer and its record, without the time."""
+  """One layer at P numbers of levels: kernels, errors before and after, grids, all [P, M, ...]."""
   distinct = sorted({count for count in levels if count is not None})
-  where = [distinct.index(count) if count is not None else None for count in levels]
+  where = [None if count is None else distinct.index(count) for count in levels]
 
   def by_plan(per_level, otherwise):
     return jnp.stack([otherwise if u is None else per_level[u] for u in where])
 
-  num_models, original = len(hessians), jnp.asarray(original)
-  kernels, scale, zero_point, before, after = (None,) * 5
+  kernels, scale, zero_point, before, after = (None,) * 5  # if all is kept in full precision
   if distinct:
     job, fitted, before = _round(layer, options, original, hessians, jnp.asarray(distinct))
     scale, zero_point, _ = fitted
     kernels, after = _keep_better(layer, job, solve(job), before)
     kernels = kernels.astype(original.dtype)
-  ones = jnp.ones((num_models, *[1] * (original.ndim - 2), original.shape[-1]))
-  none = jnp.zeros(num_models)
-  before, after = (np.asarray(by_plan(error, none)) for error in (before, after))
-  counts = np.tile(np.array([[count or 0] for count in levels]), num_models)
-  grids = Grid(*map(np.asarray, (by_plan(scale, ones), by_plan(zero_point, 0 * ones))), counts)
-  record = Record(layer.path, before, after, np.zeros_like(counts), before, {layer.path: grids})
-  return by_plan(kernels, original), record
+  num_models = len(hessians)
+  zeros = jnp.zeros((num_models, *[1] * (original.ndim - 2), original.shape[-1]))
+  grids = Grid(
+    np.asarray(by_plan(scale, zeros + 1)),
+    np.asarray(by_plan(zero_point, zeros)),
+    np.tile(np.array([[count or 0] for count in levels]), num_models),
+  )
+  errors = (np.asarray(by_plan(error, jnp.zeros(num_models))) for error in (before, after))
+  return by_plan(kernels, original), *errors, grids
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

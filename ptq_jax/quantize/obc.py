@@ -155,7 +155,8 @@ def quantize_matrix(
     grid: scale and zero point [rows, 1] (or [1, 1]); levels a number, or an array of that shape.
     damping: see `hessian.inverse`, which adds what a singular Hessian needs on its own.
     block_size: columns per block, only a matter of speed; None: about 1/10 to all of them.
-    memory_bytes: what the rows eliminated at once may take; None: `default_memory_bytes()`.
+    memory_bytes: what the rows eliminated at once may take, on a CPU per core; None:
+      `default_memory_bytes()`.
   Raises:
     ValueError: shapes that do not fit, or values that are not finite (unless traced).
   """

@@ -100,6 +100,16 @@ def test_grid_options_reach_the_grid(models):
   np.testing.assert_allclose(found.scale[0], largest, rtol=1e-6)
 
 
+def test_a_method_that_does_worse_is_not_used(models):
+  model, variables, images, plans = models
+  quantized, records = nearest.each_layer(
+    lambda job: job.nearest + job.grids.scale, model, variables, images, plans=plans
+  )
+  jax.tree.map(np.testing.assert_array_equal, quantized, run(models)[0])
+  for record in records:
+    np.testing.assert_array_equal(record.error_after, record.error_before)
+
+
 def test_dtype_stays(models):
   model, variables, images, _ = models
   half = jax.tree.map(lambda leaf: leaf[0].astype(jnp.bfloat16), dict(variables))

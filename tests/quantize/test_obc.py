@@ -315,6 +315,36 @@ def test_models_and_plans_at_once_are_one_by_one(stacked):
         np.testing.assert_allclose(record.error_after[p, m], info.error_after, rtol=1e-3)
 
 
+class Grouped(nn.Module):
+  """A dilated convolution in three groups."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    options = {"feature_group_count": 3, "kernel_dilation": 2, "padding": "VALID"}
+    return nn.Conv(6, (2, 2), name="conv", **options)(x)
+
+
+def test_groups_are_quantized_apart(key):
+  images = jax.random.normal(key, (20, 6, 6, 6)).cumsum(1).cumsum(2)
+  variables = Grouped().init(key, images)
+  quantized, _ = obc.quantize_params(key, Grouped(), variables, images, levels=4)
+  hessians = hessian.from_inputs(
+    images,
+    kernel_shape=(2, 2, 2, 6),
+    padding="VALID",
+    kernel_dilation=2,
+    feature_group_count=3,
+  )
+  found, original = (
+    np.asarray(tree["params"]["conv"]["kernel"]) for tree in (quantized, variables)
+  )
+  for group, matrix in enumerate(hessians):
+    outputs = slice(2 * group, 2 * group + 2)
+    rows = original[..., outputs].reshape(8, 2).T
+    expected = obc.quantize_matrix(rows, matrix, row_grid(rows, 4))
+    np.testing.assert_allclose(found[..., outputs].reshape(8, 2).T, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_records_and_full_precision_layers(stacked):
   model, variables, images, plans = stacked
   keys = jax.random.split(jax.random.key(1), 2)
