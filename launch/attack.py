@@ -134,7 +134,7 @@ def summarise(options, key, scores, members, **more) -> dict:
 
 def target_members(audit: Audit) -> np.ndarray:
   """bool[T, E], who the targets trained on."""
-  return audit.members.get("targets", audit.members["shadows"])
+  return audit.sound_members.get("targets", audit.sound_members["shadows"])
 
 
 def audited_groups(audit: Audit, own: dict, *, every: bool) -> dict[str, leakage.Audit]:
@@ -195,7 +195,7 @@ def attack_scores(audit: Audit, shadow_scores, target_scores) -> tuple[dict, dic
     "attacks": tuple(audit.config.attack.attacks),
     "labels": audit.dataset.train_labels,
   }
-  members = audit.members["shadows"]
+  members = audit.sound_members["shadows"]
   if "targets" not in audit.members:
     found = protocol.leave_one_out(shadow_scores, members, audited_scores=target_scores, **options)
     return found, {}
@@ -213,14 +213,8 @@ def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
     ValueError: if there are not as many as the config says.
   """
   shadows = audit.load_scores(variant, "shadows")
+  guards.check_shadow_count(len(shadows["scores"]), expected=audit.sound["shadows"].sum())
   targets = audit.load_scores(variant, "targets") if "targets" in audit.members else shadows
-  for group, loaded in {"shadows": shadows, "targets": targets}.items():
-    expected = len(audit.members.get(group, audit.members["shadows"]))
-    if len(loaded["scores"]) != expected:
-      raise ValueError(
-        f"{variant_name(variant)} has scores of {len(loaded['scores'])} {group}, but the config "
-        f"asks for {expected}; run train_shadows and quantize again."
-      )
   return {
     "shadow_scores": shadows["scores"],
     "target_scores": targets["scores"],
@@ -255,12 +249,16 @@ def unit_records(audit: Audit, variant: Variant) -> list[dict]:
 
 def warnings(audit: Audit, found: list[dict]) -> list[dict]:
   """What a reader must know before trusting the numbers."""
-  sentences = {}
+  sentences = {
+    group: left_out(np.flatnonzero(~sound), group)
+    for group, sound in audit.sound.items()
+    if not sound.all()
+  }
   full = scores_of(audit, FULL_PRECISION)
   mismatch = guards.accuracy_mismatch(full["shadow_accuracy"], full["target_accuracy"])
-  sentences["shadows"] = mismatch
+  sentences["accuracy"] = mismatch
   if "targets" not in audit.members:
-    sentences["protocol"] = guards.unbalanced_leave_one_out(audit.members["shadows"])
+    sentences["protocol"] = guards.unbalanced_leave_one_out(audit.sound_members["shadows"])
   leaks = records.select(found, "leakage")
   fewest = min(record["num_non_members"] for record in leaks)
   sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
@@ -278,6 +276,15 @@ def warnings(audit: Audit, found: list[dict]) -> list[dict]:
     for about, message in sentences.items()
     if message
   ]
+
+
+def left_out(models, group: str) -> str:
+  """Why some models are not in the audit."""
+  numbers = ", ".join(map(str, models[:10])) + (", ..." if len(models) > 10 else "")
+  return (
+    f"{group} {numbers} are left out: their training, or that of the model on the complementary "
+    "half, ended in numbers that are not finite; a smaller train.learning_rate may help."
+  )
 
 
 def run_record(audit: Audit, inputs: str) -> dict:

@@ -13,8 +13,8 @@ import numpy as np
 
 from launch.progress import Progress
 from launch.train_shadows import load_variables
-from launch.workdir import Audit, Chunk, open_audit
-from ptq_jax import settings, trees
+from launch.workdir import FULL_PRECISION, Audit, Chunk, is_sound, open_audit
+from ptq_jax import settings, storage, trees
 from ptq_jax.data import augment
 from ptq_jax.quantize import METHODS, pack
 from ptq_jax.report.records import Variant
@@ -43,9 +43,16 @@ def quantize(audit: Audit) -> None:
 
 def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress: Progress) -> None:
   """Quantizes the models of one chunk, method by method, and writes their scores and codes."""
-  variables = load_variables(audit, chunk)
+  scores = storage.load_arrays(audit.scores_path(FULL_PRECISION, chunk))["scores"]
+  sound = is_sound(scores)
+  if not sound.any():
+    raise ValueError(f"no model of {chunk.name} has finite weights; train with a smaller rate.")
+  variables = trees.take(load_variables(audit, chunk), sound)
   ids, images = calibration(audit, chunk)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(group_key(audit, chunk, "quantize"), chunk.ids)
+  images = images[sound]
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    group_key(audit, chunk, "quantize"), chunk.ids[sound]
+  )
   for method in dict.fromkeys(variant.method for variant in variants):
     mine = [variant for variant in variants if variant.method == method]
     options = audit.method_options(method)
@@ -60,7 +67,9 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
       packed = pack.pack(trees.take(quantized, index), grids)
       pack.save(audit.quantized_path(variant, chunk), packed)
       units_done = unit_arrays(info, index)
-      audit.save_scores(variant, chunk, packed, calibration=ids[:, :size], **units_done)
+      audit.save_scores(
+        variant, chunk, packed, sound=sound, calibration=ids[:, :size], **units_done
+      )
       progress.advance(len(chunk), f"{chunk.name}, {method}")
 
 

@@ -310,28 +310,38 @@ class Audit:
       predict.predictor(self.model, prepare=plain, reduce=predict.is_correct),
     )
 
-  def save_scores(self, variant: Variant, chunk: Chunk, packed: pack.Packed, **more) -> None:
-    """Runs packed models over the pool's views and the test images, and writes what comes out."""
+  def save_scores(
+    self, variant: Variant, chunk: Chunk, packed: pack.Packed, *, sound=None, **more
+  ) -> None:
+    """Runs packed models over the pool's views and the test images, and writes what comes out.
+
+    `sound` says which models of the chunk the packed ones are; the scores of others are NaN.
+    """
     attack_scores, correct = self._predictors
     data, batch_size = self.dataset, self.config.queries.batch_size
     variables, size = pack.unpack(packed), pack.size(packed)
     scores = attack_scores(variables, data.train_images, data.train_labels, batch_size=batch_size)
     accuracy = correct(variables, data.test_images, data.test_labels, batch_size=batch_size)
+    sound = np.ones(len(chunk), bool) if sound is None else sound
     storage.save_arrays(
       self.scores_path(variant, chunk),
-      scores=scores.astype(np.float32),
-      accuracy=accuracy.mean(axis=(1, 2)),
+      scores=spread(scores.astype(np.float32), sound),
+      accuracy=spread(accuracy.mean(axis=(1, 2)), sound),
       bits_per_weight=np.full(len(chunk), size.bits_per_weight),
-      size_kb=np.full(len(chunk), size.total / len(chunk) / 1000),
+      size_kb=np.full(len(chunk), size.total / sound.sum() / 1000),
       **more,
     )
 
   def load_scores(self, variant: Variant, group: str) -> dict[str, np.ndarray]:
-    """All models of a group in one variant, in the order of their numbers.
+    """The sound models of a group in one variant, in the order of their numbers.
 
     Raises:
       FileNotFoundError: if some are missing, with the stage that makes them.
     """
+    arrays = self._all_scores(variant, group)
+    return {name: array[self.sound[group]] for name, array in arrays.items()}
+
+  def _all_scores(self, variant, group):
     parts = []
     for chunk in self.chunks():
       path = self.scores_path(variant, chunk)
@@ -345,6 +355,25 @@ class Audit:
       for name in parts[0]
       if not name.startswith("unit_")
     }
+
+  @functools.cached_property
+  def sound(self) -> dict[str, np.ndarray]:
+    """Which models of each group to attack and attack with, bool, by group.
+
+    A model whose training ended in numbers that are not finite is left out, and among shadows the
+    one trained on the complement with it: pairs are what makes leave-one-out fair.
+    """
+    found = {}
+    for group in self.members:
+      finite = is_sound(self._all_scores(FULL_PRECISION, group)["scores"])
+      paired = group == "shadows"
+      found[group] = finite.reshape(-1, 2).all(axis=1).repeat(2) if paired else finite
+    return found
+
+  @functools.cached_property
+  def sound_members(self) -> dict[str, np.ndarray]:
+    """`members` of the sound models."""
+    return {group: rows[self.sound[group]] for group, rows in self.members.items()}
 
   def add_seconds(self, stage: str, seconds: float) -> None:
     """Adds to the time that a stage has taken, over all runs; the first process keeps the books."""
@@ -421,6 +450,18 @@ def refuse_other_config(root: pathlib.Path, stored: dict, current: dict) -> None
     raise ValueError(
       f"workdir {root} belongs to another config: {difference}; use another --workdir or delete it."
     )
+
+
+def is_sound(scores: np.ndarray) -> np.ndarray:
+  """Which of m models have finite scores [m, E, V] throughout, bool[m]."""
+  return np.isfinite(scores).all(axis=(1, 2))
+
+
+def spread(rows: np.ndarray, sound: np.ndarray) -> np.ndarray:
+  """Rows of the sound models at their places among all, NaN at the others'."""
+  full = np.full((len(sound), *rows.shape[1:]), np.nan, rows.dtype)
+  full[sound] = rows
+  return full
 
 
 def last_layer_levels(last: int | str, levels: int) -> int | None:

@@ -210,6 +210,20 @@ def test_a_damaged_score_file_is_computed_again(finished, copied):
   assert_same(finished[0], copied)
 
 
+def test_a_diverged_model_is_left_out_with_its_partner_and_named(copied):
+  path = copied / "scores" / "full_precision" / "shadows-00000-00004.npz"
+  arrays = storage.load_arrays(path)
+  arrays["scores"][3] = np.nan
+  storage.save_arrays(path, **arrays)
+  shutil.rmtree(copied / "scores" / "obc-3-3")
+  done = launch("audit", copied, METHODS)
+  assert done.returncode == 0, done.stderr
+  assert "warning, shadows: shadows 2, 3 are left out" in done.stdout
+  assert {record["num_targets"] for record in leakage(copied)} == {6}
+  quantized = storage.load_arrays(copied / "scores" / "obc-3-3" / path.name)["scores"]
+  assert list(np.isfinite(quantized).all(axis=(1, 2))) == [True, True, True, False]
+
+
 def test_damaged_models_are_named_and_trained_again(finished, copied):
   chunk = next((copied / "models").glob("shadows-*"))
   for path in (chunk / "trained").rglob("d/*"):
