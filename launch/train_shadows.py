@@ -71,7 +71,7 @@ def train_chunk(audit: Audit, chunk: Chunk, progress: Progress):
       return saved.tree
     variables = train_epochs(audit, chunk, progress).variables
     trained.save(epochs, variables, {"chunk": chunk.name})
-  shutil.rmtree(directory / "training")
+  shutil.rmtree(directory / "training", ignore_errors=True)
   return variables
 
 
