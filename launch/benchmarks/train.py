@@ -35,21 +35,22 @@ def main(argv: list[str]) -> None:
   """Prints images per second, ratios, TFLOP/s and the share of the chip's peak."""
   options = parser().parse_args(argv)
   device = jax.local_devices()[0]
-  print(f"{options.models} x {options.model}, width {options.width}, {options.size}x{options.size}, "
-        f"batch {options.batch}, {options.dtype}, on {device.device_kind}, JAX {jax.__version__}")  # fmt: skip
+  what = f"{options.models} x {options.model}, width {options.width}, {options.size}x{options.size}"
+  how = f"batch {options.batch}, {options.dtype}, {device.device_kind}, JAX {jax.__version__}"
+  print(f"{what}, {how}")
   before = peers(options)
   rate, seconds = ours(options)
   after = peers(options)
-  model = make_model(options)
-  tflops = rate * flops.training(model, image_shape=(options.size, options.size, 3)) / 1e12
+  flop = flops.training(make_model(options), image_shape=(options.size, options.size, 3))
+  tflops = rate * flop / 1e12
   peak = next((v for name, v in PEAK_TFLOPS.items() if name in device.device_kind), None)
   share = f", {tflops / peak:.0%} of the bf16 peak" if peak else ""
-  print(f"ptq_jax                {rate:10.0f} images/s  {tflops:.3f} TFLOP/s{share}"
-        f"  (first epoch, with compilation: {seconds:.1f} s)")  # fmt: skip
+  print(f"{'ptq_jax':<22} {rate:10.0f} images/s  {tflops:.3f} TFLOP/s{share}")
+  print(f"{'':<22} first epoch, with compilation: {seconds:.1f} s")
   for name, first in before.items():
     theirs = (first + after[name]) / 2
-    print(f"{name:<22} {theirs:10.0f} images/s  ({first:.0f}, {after[name]:.0f});"
-          f"  ours is {rate / theirs:.2f} times as fast")  # fmt: skip
+    both = f"({first:.0f} before ours, {after[name]:.0f} after)"
+    print(f"{name:<22} {theirs:10.0f} images/s  {both}: ours is {rate / theirs:.2f} times as fast")
 
 
 def parser() -> argparse.ArgumentParser:
