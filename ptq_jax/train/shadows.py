@@ -32,9 +32,11 @@ def model_keys(key: Key, model_ids: Int[Array, "M"]) -> Keys:
 
 def init(keys: Keys, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) -> fit.State:
   """Fresh states of a chunk, stacked."""
-  return jax.jit(jax.vmap(functools.partial(fit.init, recipe=recipe, image_shape=image_shape)))(
-    keys
-  )
+  one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
+  options = None
+  if jax.default_backend() == "cpu":  # drawing numbers takes 20 times as long to compile otherwise
+    options = {"xla_backend_optimization_level": 0}
+  return jax.jit(jax.vmap(one), compiler_options=options)(keys)
 
 
 def epochs(
