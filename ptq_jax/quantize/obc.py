@@ -12,11 +12,9 @@ M_:j - F^T F_:j. At the end of a block one matrix product makes M - F^T F for th
 left, and the finished columns are dropped. That is the same arithmetic in another order.
 """
 
-import concurrent.futures
 import functools
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -31,7 +29,7 @@ from ptq_jax.quantize import batchnorm as batchnorms
 from ptq_jax.quantize import grid as grids
 from ptq_jax.quantize import hessian as hessians
 from ptq_jax.quantize import nearest
-from ptq_jax.quantize.grid import Grid, is_traced
+from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.nearest import Job
 from ptq_jax.quantize.plan import Levels, Plan, Record
 
@@ -40,9 +38,6 @@ MAX_BLOCKS = 10
 
 CPU_MEMORY_BYTES = 2**25
 """On a CPU the inverses of a chunk of rows should stay in the cache: 32 MiB."""
-
-THREAD_BYTES = 2**22
-"""Less than this is not worth a thread."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -155,8 +150,7 @@ def quantize_matrix(
     grid: scale and zero point [rows, 1] (or [1, 1]); levels a number, or an array of that shape.
     damping: see `hessian.inverse`, which adds what a singular Hessian needs on its own.
     block_size: columns per block, only a matter of speed; None: about 1/10 to all of them.
-    memory_bytes: what the rows eliminated at once may take, on a CPU per core; None:
-      `default_memory_bytes()`.
+    memory_bytes: what the rows eliminated at once may take; None: `default_memory_bytes()`.
   Raises:
     ValueError: shapes that do not fit, or values that are not finite (unless traced).
   """
@@ -202,10 +196,8 @@ def quantize_rows(
   rows, D = weights.shape
   block_size = block_size or math.ceil(D / _num_blocks(D))
   budget = memory_bytes or default_memory_bytes()
-  at_once = rows_at_once(rows, D, weights.dtype, budget)
-  if is_traced(weights) or jax.default_backend() != "cpu":
-    return _quantize_rows(block_size, math.ceil(rows / at_once), weights, inverse, owner, grid)
-  return _on_all_cores(block_size, at_once, weights, inverse, owner, grid)
+  chunks = math.ceil(rows / rows_at_once(rows, D, weights.dtype, budget))
+  return _quantize_rows(block_size, chunks, weights, inverse, owner, grid)
 
 
 def _solve(job: Job, *, damping, block_size, memory_bytes) -> Array:
@@ -270,33 +262,6 @@ def bytes_per_row(D: int, dtype: np.dtype) -> int:
 def _num_blocks(D):
   """How many blocks; measured on a CPU, flat around the best."""
   return max(1, min(MAX_BLOCKS, round(math.sqrt(D) / 5)))
-
-
-def _on_all_cores(block_size, at_once, weights, inverse, owner, grid):
-  """Deals the rows to threads, since XLA runs the loops of one call on one core of a CPU."""
-  rows, D = weights.shape
-  threads = min(_num_cores(), rows * bytes_per_row(D, weights.dtype) // THREAD_BYTES)
-  threads = max(1, min(threads, rows))
-  size = math.ceil(rows / threads)
-  chunks = math.ceil(size / at_once)
-  wide = jax.config.jax_enable_x64  # a thread starts without its caller's context
-
-  def run(start):
-    index = np.minimum(np.arange(start, start + size), rows - 1)
-    part = jax.tree.map(lambda leaf: leaf[index], (weights, owner, grid))
-    with jax.enable_x64(wide):
-      result = _quantize_rows(block_size, chunks, part[0], inverse, *part[1:])
-      return jax.block_until_ready(result)
-
-  if threads == 1:
-    return _quantize_rows(block_size, chunks, weights, inverse, owner, grid)
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return jnp.concatenate(list(pool.map(run, range(0, rows, size))))[:rows]
-
-
-def _num_cores() -> int:
-  """Cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -136,20 +136,6 @@ def test_float64_through_and_through():
     np.testing.assert_allclose(found, rank_one_updates(weights, matrix, wide), rtol=1e-12)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_threads_change_nothing(monkeypatch, wide):
-  weights, matrix = problem(6, 24)
-  weights = weights.astype(np.float64 if wide else np.float32)
-  fitted = jax.tree.map(np.asarray, row_grid(weights[:5], 4))
-  with jax.enable_x64(wide):
-    alone = obc.quantize_matrix(weights[:5], matrix, fitted)
-    monkeypatch.setattr(obc, "THREAD_BYTES", 1)
-    monkeypatch.setattr(obc, "_num_cores", lambda: 2)  # 3 rows and 2
-    found = obc.quantize_matrix(weights[:5], matrix, fitted)
-    assert found.dtype == weights.dtype
-  np.testing.assert_array_equal(found, alone)
-
-
 def test_vmap_over_models_and_levels_is_a_loop():
   weights, matrices = zip(*(problem(2, 12, seed) for seed in range(2)), strict=True)
   weights, matrices = np.stack(weights), np.stack(matrices).astype(np.float32)
