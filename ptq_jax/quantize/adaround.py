@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variables
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, plan, reconstruct, rounding, walk
 from ptq_jax.quantize.capture import Hashable
@@ -110,14 +110,14 @@ def quantize_params(
 
 
 def quantize_stacked(
-  keys: Key,
+  keys: Keys,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],
   *,
   plans: Sequence[Plan],
-  form: Literal["auto", "mini_batch", "second_moment"] = "auto",
-  stop: Literal["plateau", "never"] = "plateau",
+  form: str = "auto",
+  stop: str = "plateau",
   second_moment: Schedule = SECOND_MOMENT,
   mini_batch: Schedule = MINI_BATCH,
   sweeps: int = 10,
@@ -257,7 +257,7 @@ def learn(
   moments: Moments,
   *,
   schedule: Schedule,
-  stop: Literal["plateau", "never"],
+  stop: str,
 ) -> tuple[Float[Array, "groups D K"], Int[Array, ""]]:
   """Minimises `objective` over alpha by Adam; one layer of one model, vmap for more.
 
@@ -371,7 +371,7 @@ def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outco
 
 def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
   """The second-moment form: kernels, errors before and after, steps, of the active branches."""
-  sums = walk.stack([_layer_moments(site, layer, index) for index in active])
+  sums = walk.stack([_layer_moments(site, layer, int(index)) for index in active])
   shape = dataclasses.replace(layer, path="")  # layers of equal shape share a compilation
   found, solution = _solve(shape, schedule, stop, sweeps, kernels, grids, sums)
   return found, *(np.asarray(part) for part in solution[1:])
@@ -438,7 +438,7 @@ def solve(
   moments: Moments,
   *,
   schedule: Schedule,
-  stop: Literal["plateau", "never"],
+  stop: str,
   sweeps: int,
 ) -> Solution:
   """Rounds one layer by its moments: `learn`, round, `polish`, or nearest if that is better.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Key, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import fold_batchnorm, units
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import capture, plan, reconstruct, walk
@@ -27,7 +27,7 @@ from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.plan import Levels, Plan, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
-SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(0.8, 0.9))
+SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.1, decay_rates=(0.8, 0.9))
 """Found by measurement (BUILD_NOTES.md)."""
 
 PAPER = Schedule(num_steps=20_000, learning_rate=1e-3, weight=0.01)
@@ -60,15 +60,15 @@ def quantize_params(
 
 
 def quantize_stacked(
-  keys: Key,
+  keys: Keys,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],
   *,
   plans: Sequence[Plan],
-  loss: Literal["mse", "fisher"] = "mse",
+  loss: str = "mse",
   labels: Shaped[ArrayLike, "M n"] | None = None,
-  stop: Literal["plateau", "never"] = "plateau",
+  stop: str = "plateau",
   schedule: Schedule = SCHEDULE,
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,

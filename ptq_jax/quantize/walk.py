@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Key, PyTree, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
 from ptq_jax.models import units
 from ptq_jax.models.units import Layer, Unit
 from ptq_jax.quantize import capture, grid
@@ -57,7 +57,7 @@ class Site(NamedTuple):
   unit: Unit
   levels: Mapping[str, np.ndarray]
   """Per path of the unit's layers, int [N]; 0: full precision."""
-  keys: Key
+  keys: Keys
   """[N], the key of the branch's model folded with the index of the unit."""
   models: Sequence[int]
   """Per branch, its model."""
@@ -90,7 +90,7 @@ Method = Callable[[Site], list[Outcome]]
 
 def quantize_stacked(
   method: Method,
-  keys: Key,
+  keys: Keys,
   model: nn.Module,
   variables: Variables,
   images: Shaped[ArrayLike, "M n ..."],
@@ -165,7 +165,9 @@ def fit_grids(
   return kernels, fit(kernels, jnp.asarray(np.where(levels > 0, levels, 256))), levels
 
 
-def replace_kernels(site: Site, layer: Layer, active: Sequence[int], kernels: Array) -> None:
+def replace_kernels(
+  site: Site, layer: Layer, active: Int[np.ndarray, " active"], kernels: Array
+) -> None:
   """Writes the kernels [active, ...] into the quantized variables of the branches at `active`."""
   for row, index in enumerate(active):
     old = trees.get(site.quantized[index], layer.kernel)

@@ -1,0 +1,148 @@
+"""BRECQ: units run the same either way, the Fisher weights, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptq_jax import trees
+from ptq_jax.models import fold_batchnorm, resnet, units
+from ptq_jax.quantize import brecq, capture, plan, walk
+
+QUICK = brecq.SCHEDULE._replace(num_steps=50, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def residual():
+  """A narrow ResNet with a projection shortcut, its variables and images."""
+  model = resnet.ResNet(num_classes=5, stages=(1, 1), width=4)
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(24, 8, 8, 3)).cumsum(axis=1), jnp.float32)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  flat = trees.flatten(variables)
+  noisy = {
+    path: leaf + 0.2 * jnp.asarray(rng.uniform(size=leaf.shape), leaf.dtype)
+    for path, leaf in flat.items()
+  }
+  return model, trees.unflatten(noisy), images
+
+
+def site_of(model, variables, images, name):
+  """Where BRECQ stands before a unit, one branch."""
+  unit = next(u for u in units.chain(model, variables, images) if u.name == name)
+  x = images
+  for before in model.units():
+    if before == name:
+      break
+    x = units.run(model, variables, x, before)
+  keys = jax.random.split(jax.random.key(0), 1)
+  return walk.Site(model, unit, {}, keys, [0], {0: variables}, {0: x}, [variables], [x])
+
+
+def test_patches_and_native_convolutions_agree(residual):
+  model, variables, images = residual
+  unit = units.chain(model, variables, images)[2]
+  x = units.run(model, variables, units.run(model, variables, images, "stem"), "blocks_0")
+  weights = {layer.path: trees.get(variables, layer.kernel) * 1.1 for layer in unit.layers}
+  part = brecq._of_unit(variables, unit)
+
+  def loss(weights, lowering):
+    return jnp.sum(brecq.UnitRun(capture.Hashable(model), unit, lowering)(weights, part, x) ** 2)
+
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  (value, gradient), (expected, expected_gradient) = (
+    run(weights, lowering) for lowering in ("patches", "native")
+  )
+  assert len(weights) == 3
+  np.testing.assert_allclose(value, expected, rtol=1e-4)
+  for path in weights:
+    np.testing.assert_allclose(gradient[path], expected_gradient[path], rtol=1e-3, atol=1e-2)
+
+
+def test_block_errors_are_those_of_the_results(residual):
+  model, variables, images = residual
+  quantized, info = brecq.quantize_params(
+    jax.random.key(0), model, variables, images, levels=4, schedule=QUICK
+  )
+  assert [record.name for record in info] == model.units()
+  assert set(info[2].grids) == {f"blocks_1/{n}/conv" for n in ("conv1", "conv2", "shortcut")}
+  full = rounded = images
+  for record in info:
+    full = units.run(model, variables, full, record.name)
+    rounded = units.run(model, quantized, rounded, record.name)
+    error = np.mean(np.sum(np.square(full - rounded), axis=-1))
+    np.testing.assert_allclose(record.error_after, error, rtol=1e-3)
+    assert record.error_after <= record.error_before
+  assert all(record.error_after < record.error_before for record in info[1:])
+
+
+def test_normalisation_is_folded_and_neutral(residual):
+  model, variables, images = residual
+  quantized, _ = brecq.quantize_params(
+    jax.random.key(0), model, variables, images, levels=None, schedule=QUICK
+  )
+  folded = fold_batchnorm.fold(model, variables, images)
+  jax.tree.map(np.testing.assert_array_equal, quantized, folded)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["labels", "own labels"])
+def test_fisher_weights_are_squared_gradients(residual, given):
+  model, variables, images = residual
+  site = site_of(model, variables, images, "blocks_0")
+  labels = jnp.arange(24) % 5 if given else None
+  weights = brecq._importance(site, 0, None if labels is None else labels[None])
+  outputs = units.run(model, variables, site.full_inputs[0], "blocks_0")
+  if not given:
+    logits = model.apply(variables, images)
+    draw = jax.vmap(lambda i, row: jax.random.categorical(jax.random.fold_in(site.keys[0], i), row))
+    labels = draw(jnp.arange(24), logits)
+
+  def cross_entropy(output, label):
+    x = output[None]
+    for name in ("blocks_1", "head"):
+      x = units.run(model, variables, x, name)
+    return -jax.nn.log_softmax(x)[0, label]
+
+  squares = jax.jit(jax.vmap(jax.grad(cross_entropy)))(outputs, labels) ** 2
+  np.testing.assert_allclose(weights, squares / squares.mean(), rtol=1e-2, atol=1e-3)
+
+
+def test_fisher_loss_lowers_the_weighted_error(digits):
+  images, labels = digits.images[:1, :64], jnp.zeros((1, 64), jnp.int32)
+  variables = trees.take(digits.variables, slice(0, 1))
+  layers = units.layers(digits.model, *trees.take((variables, images), 0))
+  errors = {}
+  for loss, options in (("mse", {}), ("fisher", {"labels": labels})):
+    _, info = brecq.quantize_stacked(
+      digits.keys[:1],
+      digits.model,
+      variables,
+      images,
+      plans=[plan.make(layers, levels=3)],
+      loss=loss,
+      schedule=QUICK,
+      **options,
+    )
+    assert all((record.error_after <= record.error_before).all() for record in info)
+    errors[loss] = np.array([record.error_before for record in info])
+  assert not np.allclose(errors["mse"], errors["fisher"])
+
+
+def test_how_units_run():
+  layer = units.Layer("a", "conv", (3, 3, 1, 1))
+  single, block = units.Unit("a", (layer,)), units.Unit("b", (layer, layer))
+  assert brecq._execution(single, "cpu") == ("patches", None, 50)
+  assert brecq._execution(block, "cpu") == ("native", 1, 1)
+  assert brecq._execution(block, "gpu") == ("native", brecq.BRANCHES_AT_ONCE, 50)
+
+
+def test_a_model_without_units_is_refused(foreign):
+  with pytest.raises(ValueError, match="Foreign names no units; BRECQ needs methods units"):
+    brecq.quantize_stacked(foreign.keys, foreign.model, foreign.variables, foreign.images, plans=[])
+
+
+def test_unknown_loss(digits):
+  with pytest.raises(ValueError, match='loss must be "mse" or "fisher", got \'l1\''):
+    brecq.quantize_stacked(
+      digits.keys, digits.model, digits.variables, digits.images, plans=[], loss="l1"
+    )

@@ -1,0 +1,137 @@
+"""The walk through a network: shared plans, chunks, memory, and the shape of results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptq_jax import trees
+from ptq_jax.models import units
+from ptq_jax.quantize import adaround, grid, plan, walk
+
+QUICK = {"second_moment": adaround.SECOND_MOMENT._replace(num_steps=25), "sweeps": 1}
+
+
+@pytest.fixture(scope="module")
+def plans(digits):
+  layers = units.layers(digits.model, *trees.take((digits.variables, digits.images), 0))
+  return [
+    plan.make(layers, levels=3),
+    plan.make(layers, levels=3, last_layer_levels="full"),
+    plan.make(layers, levels=16, first_layer_levels="full"),
+  ]
+
+
+def adarounded(ensemble, plans, **options):
+  return adaround.quantize_stacked(
+    ensemble.keys,
+    ensemble.model,
+    ensemble.variables,
+    ensemble.images[:, :64],
+    plans=plans,
+    **QUICK,
+    **options,
+  )
+
+
+@pytest.fixture(scope="module")
+def everything(digits, plans):
+  return adarounded(digits, plans)
+
+
+def assert_equal(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_results_do_not_depend_on_chunks(digits, plans, everything):
+  for memory_bytes in (1, 2_000_000):
+    variables, info = adarounded(digits, plans, memory_bytes=memory_bytes)
+    assert_equal(variables, everything[0])
+    for record, expected in zip(info, everything[1], strict=True):
+      assert_equal((record.steps, record.grids), (expected.steps, expected.grids))
+      for field in ("error_before", "error_after"):
+        np.testing.assert_allclose(getattr(record, field), getattr(expected, field), rtol=1e-5)
+
+
+def test_plans_and_models_do_not_see_each_other(digits, plans, everything):
+  one = digits._replace(
+    keys=digits.keys[1:],
+    variables=trees.take(digits.variables, slice(1, 2)),
+    images=digits.images[1:],
+  )
+  variables, info = adarounded(one, plans[2:])
+  assert_equal(variables, jax.tree.map(lambda leaf: leaf[2:, 1:], everything[0]))
+  np.testing.assert_allclose(info[1].error_after, everything[1][1].error_after[2:, 1:], rtol=1e-5)
+
+
+def test_plans_that_agree_share_the_work(digits, plans, monkeypatch):
+  seen = []
+  solve = adaround._solve
+
+  def spy(layer, schedule, stop, sweeps, kernels, *rest):
+    seen.append(len(kernels))
+    return solve(layer, schedule, stop, sweeps, kernels, *rest)
+
+  monkeypatch.setattr(adaround, "_solve", spy)
+  adarounded(digits, plans)
+  assert seen == [2, 4, 4, 4]  # stem only at 3 levels; the head under one of two plans there
+
+
+def test_full_precision_stays_and_records_say_so(digits, everything):
+  variables, info = everything
+  kernel = trees.get(variables, "params/stem/conv/kernel")
+  original = trees.get(digits.variables, "params/stem/conv/kernel")
+  np.testing.assert_array_equal(kernel[2], original)
+  assert not np.array_equal(kernel[0], original)
+  assert info[0].grids["stem/conv"].levels.tolist() == [[3, 3], [3, 3], [0, 0]]
+  assert info[3].grids["head/classifier"].levels.tolist() == [[3, 3], [0, 0], [16, 16]]
+  np.testing.assert_array_equal(info[0].error_before[2], 0)
+  np.testing.assert_array_equal(info[0].steps[2], 0)
+  assert all(record.seconds.shape == (3, 2) for record in info)
+
+
+def test_grids_of_the_records_hold_the_weights(everything):
+  variables, info = everything
+  for record in info:
+    for path, grids in record.grids.items():
+      kernels = np.asarray(trees.get(variables, f"params/{path}/kernel"))
+      for p, m in np.ndindex(3, 2):
+        fitted = jax.tree.map(lambda leaf, at=(p, m): jnp.asarray(leaf[at]), grids)
+        if fitted.levels > 0:
+          np.testing.assert_array_equal(grid.nearest(kernels[p, m], fitted), kernels[p, m])
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(digits, plans, everything, monkeypatch):
+  solve = adaround._by_moments
+  sizes = []
+
+  def limited(site, layer, kernels, *rest, **options):
+    sizes.append(len(site.models))
+    if len(site.models) > 2:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    return solve(site, layer, kernels, *rest, **options)
+
+  monkeypatch.setattr(adaround, "_by_moments", limited)
+  with pytest.warns(UserWarning, match="out of memory with 6 pairs .* going on with 3"):
+    variables, _ = adarounded(digits, plans)
+  assert_equal(variables, everything[0])
+
+
+def test_other_errors_and_single_pairs_are_not_retried(digits, plans, monkeypatch):
+  def broken(*args, **options):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  monkeypatch.setattr(adaround, "_by_moments", broken)
+  with (
+    pytest.raises(jax.errors.JaxRuntimeError),
+    pytest.warns(UserWarning, match="going on with 1"),
+  ):
+    adarounded(digits, plans[:1])
+
+
+def test_stack_and_rows():
+  parts = [{"a": jnp.full((2,), i), "b": jnp.float32(i)} for i in range(5)]
+  stacked = walk.stack(parts)
+  jax.tree.map(np.testing.assert_array_equal, stacked, trees.stack(parts))
+  assert walk.rows(stacked, np.arange(5)) is stacked
+  np.testing.assert_array_equal(walk.rows(stacked, np.array([3, 1]))["b"], [3, 1])
