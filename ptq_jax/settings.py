@@ -82,7 +82,7 @@ def audit_defaults() -> Config:
     ),
     attack=dict(
       attacks=("lira_online", "lira_online_pooled", "lira_offline", "loss_threshold"),  # main first
-      fprs=(0.01, 0.001),
+      fprs=(0.01, 0.001, 0.0001, 0.00001),
       resamples=1000,  # of the bootstrap
       confidence=0.95,
       exposed_share=0.01,  # of the pool: the set of most exposed examples that is compared
