@@ -213,7 +213,7 @@ def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
     ValueError: if there are not as many as the config says.
   """
   shadows = audit.load_scores(variant, "shadows")
-  guards.check_shadow_count(len(shadows["scores"]), expected=audit.sound["shadows"].sum())
+  guards.check_shadow_count(len(shadows["scores"]), expected=int(audit.sound["shadows"].sum()))
   targets = audit.load_scores(variant, "targets") if "targets" in audit.members else shadows
   return {
     "shadow_scores": shadows["scores"],
