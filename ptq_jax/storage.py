@@ -104,7 +104,7 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
   return records
 
 
-def write_csv(path: Path | str, columns: Mapping[str, Sequence[Any]]) -> None:
+def write_csv(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
   """Writes columns of equal length as comma-separated values with a header, atomically."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
