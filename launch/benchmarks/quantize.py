@@ -28,7 +28,7 @@ import optax
 from ptq_jax import trees
 from ptq_jax.models import convnet, fold_batchnorm, units
 from ptq_jax.models.units import Layer
-from ptq_jax.quantize import adaround, brecq, capture, grid, plan, rounding
+from ptq_jax.quantize import adaround, brecq, capture, grid, plan, quadratic, rounding
 
 PLAIN = adaround.MINI_BATCH
 DIGITS_LEVELS = (3, 4, 16)
@@ -209,7 +209,7 @@ def _convolve(described: Layer, images, kernel):
   )
 
 
-_batch_moments = jax.jit(adaround.moments, static_argnums=3)
+_batch_moments = jax.jit(quadratic.moments, static_argnums=3)
 
 
 def _layer_moments(described, kernel, inputs, outputs):
@@ -249,7 +249,7 @@ def _layer_bytes(described, kernel, fitted, inputs, outputs) -> tuple[int, int]:
   """Bytes that ours and the plain loop hold."""
   count = min(len(inputs), capture.images_at_once([described]))
   batch = _batch_moments.lower(inputs[:count], outputs[:count], kernel, described)
-  moments = jax.eval_shape(lambda: adaround.moments(inputs[:1], outputs[:1], kernel, described))
+  moments = jax.eval_shape(lambda: quadratic.moments(inputs[:1], outputs[:1], kernel, described))
   one = (kernel, grid.Grid(*fitted[:2], jnp.int32(fitted.levels)), moments)
   many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), one)
   solve = adaround._solve.lower(described, adaround.SECOND_MOMENT, "plateau", 10, *many)

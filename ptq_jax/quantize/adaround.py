@@ -6,14 +6,8 @@ relaxed to h(alpha) in [0, 1] and pushed to 0 or 1 by a regulariser (`rounding`)
 are those of Nagel et al. 2020, arXiv:2004.10568.
 
 Two forms of one objective. "mini_batch" is the paper's: stochastic steps on batches of images.
-"second_moment" uses that the objective has no activation inside and so is quadratic in the
-weights: with rows x of the quantized network's patches, r = y - x W what the full-precision output
-y lacks, and E the change of the weights W,
-
-  sum |x E - r|^2 = <E, G E> - 2 <E, C> + sum |r|^2,   G = sum x^T x,   C = sum x^T r,
-
-so a full-batch step costs two matrix products whatever the number of images. The objective in
-that form is also cheap to improve one weight at a time: `polish` ends the second-moment form.
+"second_moment" sums the images up once, into the quadratic objective that a layer without its
+activation has, and takes full-batch steps on that (`quadratic`).
 """
 
 import dataclasses
@@ -27,12 +21,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variables
+from ptq_jax.base import ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models.units import Layer
-from ptq_jax.quantize import capture, grid, plan, reconstruct, rounding, walk
+from ptq_jax.quantize import capture, grid, plan, quadratic, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Levels, Plan, Record
@@ -44,39 +37,6 @@ MINI_BATCH = Schedule(num_steps=20_000, learning_rate=1e-3, weight=1e-3, batch_s
 SECOND_MOMENT = Schedule(num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(0.8, 0.9))
 """Found by measurement: hard-rounded, its error is no higher than that of `MINI_BATCH`. There is no
 noise in the objective, so long memories in Adam only slow it down (BUILD_NOTES.md)."""
-
-POLISH_BLOCK = 32  # coordinates between two updates of the whole gradient
-CHECK_EVERY = 25  # steps between two looks at whether all weights have decided
-
-
-class Moments(NamedTuple):
-  """The quadratic objective of one layer; sums over images and pixels divided by their number."""
-
-  gram: Float[Array, "*M groups D D"]
-  """G: mean of x^T x over rows x of the quantized network's patches."""
-  cross: Float[Array, "*M groups D K"]
-  """C: mean of x^T r, r what the full-precision output has over the quantized inputs' output."""
-  power: Float[Array, "*M"]
-  """Mean of |r|^2: the error when the weights do not change."""
-
-
-class Solution(NamedTuple):
-  """Rounded weights of one layer."""
-
-  codes: Int[Array, "*M groups D K"]
-  error_nearest: Float[Array, "*M"]
-  error: Float[Array, "*M"]
-  """Never above `error_nearest`: nearest rounding is kept where it is better."""
-  steps: Int[Array, "*M"]
-  """Gradient steps taken."""
-
-
-class _State(NamedTuple):
-  """Carry of the second-moment loop."""
-
-  alpha: Array
-  optimizer: optax.OptState
-  step: Array
 
 
 def quantize_params(
@@ -135,7 +95,7 @@ def quantize_stacked(
     stop: "plateau" ends a loop once (nearly) every weight has decided, so that its loss changes no
       more; "never" runs all steps.
     second_moment, mini_batch: schedules of the two forms.
-    sweeps: at most so many passes of `polish` after the second-moment form; 0: none.
+    sweeps: at most so many passes of `quadratic.polish` after the second-moment form; 0: none.
     grid_options: for `grid.fit`.
     memory_bytes: what the pairs of model and plan that run at once may take; None: half of the
       accelerator's free memory, 2 GiB on CPU. Only a memory knob.
@@ -195,164 +155,6 @@ def choose_form(
   return "second_moment" if full <= partial else "mini_batch"
 
 
-def moments(
-  inputs: Float[Array, "n ..."],
-  outputs: Float[Array, "n ..."],
-  kernel: Float[Array, "*window inputs outputs"],
-  layer: Layer,
-) -> Moments:
-  """The quadratic objective of one layer from a batch of the calibration set.
-
-  Args:
-    inputs: of the layer in the network quantized so far.
-    outputs: of the layer in full precision, without its bias.
-    kernel: in full precision.
-  Returns:
-    Moments of this batch; the mean over batches, weighted by their images, is that of the set.
-  """
-  rows = capture.patches(inputs.astype(jnp.float32), layer)
-  targets = outputs.astype(jnp.float32).reshape(rows.shape[1], rows.shape[0], -1)
-  matrix = capture.kernel_matrix(kernel.astype(jnp.float32), layer)
-  multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-  rest = jnp.moveaxis(targets, 1, 0) - multiply("gpd,gdk->gpk", rows, matrix)
-  num_rows = rows.shape[1]
-  return Moments(
-    multiply("gpd,gpe->gde", rows, rows) / num_rows,
-    multiply("gpd,gpk->gdk", rows, rest) / num_rows,
-    jnp.sum(rest**2) / num_rows,
-  )
-
-
-def error(
-  change: Float[Array, "groups D K"], moments: Moments
-) -> tuple[Float[Array, ""], Float[Array, "groups D K"]]:
-  """The layer's output error, sum over channels and mean over images and pixels, and its gradient.
-
-  Args:
-    change: E, what the weights have over the full-precision ones, as matrices per group.
-  """
-  product = jnp.einsum("gde,gek->gdk", moments.gram, change)
-  value = jnp.sum(change * (product - 2 * moments.cross)) + moments.power
-  return value, 2 * (product - moments.cross)
-
-
-def objective(
-  alpha: Float[Array, "groups D K"],
-  weights: Float[Array, "groups D K"],
-  grid: Grid,
-  moments: Moments,
-  *,
-  weight: float | Float[Array, ""],
-  beta: float | Float[Array, ""],
-) -> tuple[Float[Array, ""], Float[Array, "groups D K"]]:
-  """Equation 25 on the whole calibration set, and its gradient with respect to alpha."""
-  relaxed = reconstruct.relax(weights, alpha, grid, weight=weight, beta=beta)
-  value, gradient = error(relaxed.weights - weights, moments)
-  return value + relaxed.term, relaxed.gradient(gradient)
-
-
-def learn(
-  weights: Float[Array, "groups D K"],
-  grid: Grid,
-  moments: Moments,
-  *,
-  schedule: Schedule,
-  stop: str,
-) -> tuple[Float[Array, "groups D K"], Int[Array, ""]]:
-  """Minimises `objective` over alpha by Adam; one layer of one model, vmap for more.
-
-  Returns:
-    alpha, and the number of steps.
-  """
-  optimizer = schedule.optimizer()
-  check_every = math.gcd(schedule.num_steps, CHECK_EVERY)
-
-  def step(_, state):
-    weight, beta = reconstruct.rounding_term(state.step + 1, schedule)
-    _, gradient = objective(state.alpha, weights, grid, moments, weight=weight, beta=beta)
-    updates, memory = optimizer.update(gradient, state.optimizer)
-    return _State(optax.apply_updates(state.alpha, updates), memory, state.step + 1)
-
-  def unfinished(state):
-    running = state.step < schedule.num_steps
-    return running if stop == "never" else running & ~reconstruct.decided(state.alpha)
-
-  alpha = rounding.initial_alpha(weights, grid)
-  start = _State(alpha, optimizer.init(alpha), jnp.zeros((), jnp.int32))
-  end = jax.lax.while_loop(
-    unfinished, lambda state: jax.lax.fori_loop(0, check_every, step, state), start
-  )
-  return end.alpha, end.step
-
-
-def polish(
-  codes: Int[Array, "groups D K"],
-  weights: Float[Array, "groups D K"],
-  grid: Grid,
-  moments: Moments,
-  *,
-  sweeps: int,
-) -> Int[Array, "groups D K"]:
-  """Turns single roundings, up to down or back, wherever that lowers the error.
-
-  Cyclic coordinate descent over the rows of the kernel matrix (all output channels at once: they
-  do not interact) until a sweep turns nothing or `sweeps` are done. The error never rises. Within
-  a block of rows only the block's gradient is kept current; the rest follows as one product.
-  """
-  floor = jnp.floor(weights / grid.scale) + grid.zero_point
-  low, high = (jnp.clip(steps, 0, grid.levels - 1) for steps in (floor, floor + 1))
-  jump = (high - low) * grid.scale
-  rounded = codes.astype(weights.dtype)
-  change = (rounded - grid.zero_point) * grid.scale - weights
-  up = _descend(rounded > low, jump, change, moments, sweeps)
-  return jnp.where(up, high, low).astype(codes.dtype)
-
-
-def _descend(up, jump, change, moments, sweeps):
-  """Coordinate descent over blocks of rows; returns which weights end up rounded up."""
-  groups, rows, columns = up.shape
-  block = min(POLISH_BLOCK, rows)
-  extra = -rows % block
-  gram = jnp.pad(moments.gram, ((0, 0), (0, extra), (0, extra)))
-  up, jump, change, cross = (
-    jnp.pad(part, ((0, 0), (0, extra), (0, 0))) for part in (up, jump, change, moments.cross)
-  )
-  multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-  def turn(i, carry):
-    up, slope, moved, jump, gram = carry
-    step = jnp.where(up[:, i], -jump[:, i], jump[:, i])
-    curvature = gram[:, i, i, None] * step**2
-    step = jnp.where(2 * step * slope[:, i] + curvature < -1e-5 * curvature, step, 0)
-    slope = slope + gram[:, :, i, None] * step[:, None]
-    return up.at[:, i].set(up[:, i] ^ (step != 0)), slope, moved.at[:, i].set(step), jump, gram
-
-  def visit(b, carry):
-    up, change, slope = carry
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=b * block, slice_size=block)
-    band = cut(gram, axis=1)
-    inner = (cut(up, axis=1), cut(slope, axis=1), jnp.zeros((groups, block, columns)))
-    turned, _, moved, _, _ = jax.lax.fori_loop(
-      0, block, turn, (*inner, cut(jump, axis=1), cut(band, axis=2))
-    )
-    place = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=b * block, axis=1)
-    return (
-      place(up, turned),
-      place(change, cut(change, axis=1) + moved),
-      slope + multiply("gbd,gbk->gdk", band, moved),
-    )
-
-  def sweep(carry):
-    up, change, count, _ = carry
-    slope = multiply("gde,gek->gdk", gram, change) - cross
-    end, change, _ = jax.lax.fori_loop(0, up.shape[1] // block, visit, (up, change, slope))
-    return end, change, count + 1, jnp.any(end != up)
-
-  start = (up, change, jnp.zeros((), jnp.int32), jnp.ones((), bool))
-  up, *_ = jax.lax.while_loop(lambda c: c[3] & (c[2] < sweeps), sweep, start)
-  return up[:, :rows]
-
-
 def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outcome:
   """Quantizes one layer of every branch whose plans ask for it."""
   start = time.perf_counter()
@@ -377,7 +179,7 @@ def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
   return found, *(np.asarray(part) for part in solution[1:])
 
 
-def _layer_moments(site: walk.Site, layer: Layer, index: int) -> Moments:
+def _layer_moments(site: walk.Site, layer: Layer, index: int) -> quadratic.Moments:
   """Moments of a layer on all images of one branch."""
   model_index = site.models[index]
   inputs, full_inputs = site.quantized_inputs[index], site.full_inputs[model_index]
@@ -403,7 +205,7 @@ def _batch_moments(model, unit, layer, full, quantized, full_inputs, inputs, sha
   full_call = capture.calls(model.module, full, full_inputs, [layer.path], unit=unit)[layer.path]
   call = capture.calls(model.module, quantized, inputs, [layer.path], unit=unit)[layer.path]
   targets = _without_bias(full, layer, full_call.outputs)
-  result = moments(call.inputs, targets, trees.get(full, layer.kernel), layer)
+  result = quadratic.moments(call.inputs, targets, trees.get(full, layer.kernel), layer)
   return jax.tree.map(lambda leaf: leaf * share, result)
 
 
@@ -423,45 +225,13 @@ def _solve(layer, schedule, stop, sweeps, kernels, grids, sums):
   def one(kernel, kernel_grid, layer_moments):
     weights = capture.kernel_matrix(kernel.astype(jnp.float32), layer)
     matrix_grid = _matrix_grid(kernel_grid, layer)
-    solution = solve(
+    solution = quadratic.solve(
       weights, matrix_grid, layer_moments, schedule=schedule, stop=stop, sweeps=sweeps
     )
     codes = capture.matrix_kernel(solution.codes, layer)
     return grid.dequantize(codes, kernel_grid), solution
 
   return jax.vmap(one)(kernels, grids, sums)
-
-
-def solve(
-  weights: Float[Array, "groups D K"],
-  matrix_grid: Grid,
-  moments: Moments,
-  *,
-  schedule: Schedule,
-  stop: str,
-  sweeps: int,
-) -> Solution:
-  """Rounds one layer by its moments: `learn`, round, `polish`, or nearest if that is better.
-
-  Args:
-    weights: `capture.kernel_matrix` of the kernel.
-    matrix_grid: scale and zero point [groups, 1, K].
-  """
-  alpha, steps = learn(weights, matrix_grid, moments, schedule=schedule, stop=stop)
-  codes = rounding.hard_codes(weights, alpha, matrix_grid)
-  if sweeps:
-    codes = polish(codes, weights, matrix_grid, moments, sweeps=sweeps)
-  nearest = grid.codes(weights, matrix_grid)
-  learned_error, nearest_error = (
-    error(grid.dequantize(c, matrix_grid) - weights, moments)[0] for c in (codes, nearest)
-  )
-  better = learned_error <= nearest_error
-  return Solution(
-    jnp.where(better, codes, nearest),
-    nearest_error,
-    jnp.where(better, learned_error, nearest_error),
-    steps,
-  )
 
 
 def _matrix_grid(kernel_grid: Grid, layer: Layer) -> Grid:
@@ -502,9 +272,8 @@ def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
   keys = walk.rows(site.keys, active)
   run = LayerRun(layer)
   alphas, steps = reconstruct.minimize(run, problems, keys, schedule=schedule, stop=stop)
-  kernels, before, after = reconstruct.finish(
-    run, problems, alphas, batch_size=capture.images_at_once([layer])
-  )
+  at_once = capture.images_at_once([layer], memory_bytes=capture.BATCH_BYTES // len(active))
+  kernels, before, after = reconstruct.finish(run, problems, alphas, batch_size=at_once)
   return kernels[layer.path], before, after, steps
 
 

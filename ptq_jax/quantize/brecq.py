@@ -188,8 +188,12 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
       stop=options.stop,
       steps_per_call=steps_per_call,
     )
+    memory_bytes = capture.BATCH_BYTES // len(active)
     kernels, before[active], after[active] = reconstruct.finish(
-      run, problems, alphas, batch_size=capture.images_at_once(site.unit.layers)
+      run,
+      problems,
+      alphas,
+      batch_size=capture.images_at_once(site.unit.layers, memory_bytes=memory_bytes),
     )
     for layer in paths:
       walk.replace_kernels(site, layer, active, kernels[layer.path])

@@ -1,5 +1,7 @@
 """BRECQ: units run the same either way, the Fisher weights, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from ptq_jax import trees
 from ptq_jax.models import fold_batchnorm, resnet, units
-from ptq_jax.quantize import brecq, capture, plan, walk
+from ptq_jax.quantize import brecq, capture, grid, reconstruct, walk
 
 QUICK = brecq.SCHEDULE._replace(num_steps=50, batch_size=16)
 
@@ -107,25 +109,31 @@ def test_fisher_weights_are_squared_gradients(residual, given):
   np.testing.assert_allclose(weights, squares / squares.mean(), rtol=1e-2, atol=1e-3)
 
 
-def test_fisher_loss_lowers_the_weighted_error(digits):
-  images, labels = digits.images[:1, :64], jnp.zeros((1, 64), jnp.int32)
-  variables = trees.take(digits.variables, slice(0, 1))
-  layers = units.layers(digits.model, *trees.take((variables, images), 0))
-  errors = {}
-  for loss, options in (("mse", {}), ("fisher", {"labels": labels})):
-    _, info = brecq.quantize_stacked(
-      digits.keys[:1],
-      digits.model,
-      variables,
-      images,
-      plans=[plan.make(layers, levels=3)],
-      loss=loss,
-      schedule=QUICK,
-      **options,
-    )
-    assert all((record.error_after <= record.error_before).all() for record in info)
-    errors[loss] = np.array([record.error_before for record in info])
-  assert not np.allclose(errors["mse"], errors["fisher"])
+def test_fisher_weights_reach_the_loop(residual, monkeypatch):
+  model, variables, images = residual
+  seen = []
+
+  def idle(run, problems, keys, **options):
+    seen.append(problems.importance)
+    alphas = jax.tree.map(jnp.zeros_like, problems.weights)
+    return alphas, np.zeros(len(keys), int)
+
+  monkeypatch.setattr(reconstruct, "minimize", idle)
+  run = functools.partial(
+    brecq.quantize_params, jax.random.key(0), model, variables, images, levels=4
+  )
+  run(loss="mse")
+  assert seen == [None] * len(model.units())
+  _, info = run(loss="fisher", labels=jnp.arange(24)[None] % 5)
+  importance = seen[len(model.units())][0]
+  np.testing.assert_allclose(importance.mean(), 1, rtol=1e-4)
+  folded = fold_batchnorm.fold(model, variables, images)
+  path = "params/stem/conv/kernel"
+  kernel = trees.get(folded, path)
+  rounded = trees.replace(folded, {path: grid.nearest(kernel, grid.fit(kernel, levels=4))})
+  outputs, targets = (units.run(model, v, images, "stem") for v in (rounded, folded))
+  error = np.mean(np.sum(importance * np.square(outputs - targets), axis=-1))
+  np.testing.assert_allclose(info[0].error_before, error, rtol=1e-3)
 
 
 def test_how_units_run():

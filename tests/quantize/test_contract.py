@@ -128,6 +128,10 @@ def test_models_of_others(name, foreign):
   assert {record.name for record in info} == {"down", "grouped", "pointwise", "classifier"}
   for layer in layers_of(foreign):
     assert num_values(trees.get(quantized, layer.kernel)[0, 0]) <= 3
+  for record in info:
+    assert (record.error_after <= record.error_before).all()
+    if name != "nearest":
+      assert (record.error_after < record.error_before).any()
 
 
 def test_half_precision_parameters_stay_so(name, digits):

