@@ -113,7 +113,7 @@ def write_csv(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarray
   write_text(path, text.getvalue())
 
 
-def save_arrays(path: Path | str, **arrays: np.ndarray) -> None:
+def save_arrays(path: Path | str, **arrays: np.ndarray | Sequence[Any]) -> None:
   """Writes named arrays to an .npz file atomically."""
   with replacing(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})

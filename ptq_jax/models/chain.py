@@ -6,7 +6,7 @@ unit by unit (arXiv 2102.05426, section 3.2).
 
 import flax.linen as nn
 
-from ptq_jax.base import Array, Float
+from ptq_jax.base import Array, ArrayLike, Float
 
 
 class Chain(nn.Module):
@@ -32,7 +32,9 @@ class Chain(nn.Module):
     unit = self.blocks[int(index)] if kind == "blocks" else getattr(self, kind)
     return unit(x, train)
 
-  def __call__(self, images: Float[Array, "n H W c"], train: bool = False) -> Float[Array, "n C"]:
+  def __call__(
+    self, images: Float[ArrayLike, "n H W c"], train: bool = False
+  ) -> Float[Array, "n C"]:
     """Logits: all units in order."""
     x = images
     for name in self.units():
