@@ -1,0 +1,218 @@
+"""The shipped configs: the paper's protocol to the letter, and audits with them on made data."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from launch import audit, sweep
+from launch.workdir import Audit
+from ptq_jax import models, settings, storage, trees
+from ptq_jax.attack import protocol as protocols
+from ptq_jax.data import augment
+from ptq_jax.quantize import METHODS, adaround, brecq
+from ptq_jax.report import records
+from ptq_jax.train import optimizer
+from tests.data import pictures
+from tests.data import test_tfds_sets as made
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STUDIES = ("cifar10", "cifar100", "tiny_imagenet")
+PROTOCOLS = ("fast", "paper", "smoke")
+
+
+def load(name, protocol=None):
+  return settings.load(f"{ROOT}/configs/{name}.py" + (f":protocol={protocol}" if protocol else ""))
+
+
+def flat(config):
+  return trees.flatten(settings.plain(config))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_name_in_a_config_exists(name, protocol):
+  config = load(name, protocol)
+  model = settings.named(config.model, "name")
+  assert models.make(config.model.name, num_classes=10, **model).dtype in ("float32", "bfloat16")
+  assert config.train.schedule in optimizer.SCHEDULES
+  assert set(config.attack.attacks) <= set(protocols.ATTACKS)
+  for section in (config.train, config.queries):
+    assert augment.make(section.augmentation).steps == (("flip", ()), ("crop", (4,)))
+  for method in config.quantize.methods:
+    section = config.quantize[method]
+    settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_paper_s_protocol(name):
+  """Section by section what arXiv 2512.15335 and its public code do."""
+  config = load(name, "paper")
+  train = settings.named(config.train, "models_per_chunk", "checkpoint_minutes")
+  assert train == {
+    "models": 64,
+    "targets": 10,
+    "epochs": 160,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "schedule": "cosine",
+    "label_smoothing": 0.0,
+    "augmentation": ("flip", "crop4"),
+  }
+  assert settings.plain(config.model) == {"name": "resnet18", "dtype": "float32"}
+  assert config.data.pool_size is None  # the whole training split
+  assert (config.queries.views, config.queries.augmentation) == (2, ("flip", "crop4"))
+  quantize = config.quantize
+  assert quantize.methods == ("adaround", "brecq", "obc")
+  assert (quantize.calibrate_on, quantize.calibration_augmentation) == (
+    "members",
+    ("flip", "crop4"),
+  )
+  last = {variant[1:] for variant in Audit(config, pathlib.Path("nowhere")).variants()}
+  usual = {(3, 256), (4, 256), (16, 256)} if name == "tiny_imagenet" else {(3, 256), (4, 4)}
+  assert last == usual | ({(16, 16)} if name != "tiny_imagenet" else set())
+  options = {method: Audit(config, pathlib.Path()).method_options(method) for method in METHODS}
+  grid = {"grid_options": {"include_zero": False}}
+  assert options["adaround"] == grid | {
+    "form": "mini_batch",
+    "stop": "never",
+    "mini_batch": adaround.MINI_BATCH,
+    "calibration_size": 1024,
+  }
+  assert adaround.MINI_BATCH[:4] == (20_000, 1e-3, 1e-3, 32)
+  assert options["brecq"] == grid | {
+    "loss": "mse",
+    "stop": "never",
+    "schedule": brecq.PAPER,
+    "calibration_size": 1024,
+  }
+  assert brecq.PAPER[:4] == (20_000, 1e-3, 0.01, 32)
+  for schedule in (adaround.MINI_BATCH, brecq.PAPER):
+    assert (schedule.warmup, schedule.beta_start, schedule.beta_end) == (0.2, 20, 2)
+    assert schedule.decay_rates == (0.9, 0.999)
+  assert options["obc"] == {"damping": 0.0, "batchnorm": "members", "calibration_size": 2048}
+  assert {"lira_online", "lira_online_reference", "lira_offline_density"} <= set(
+    config.attack.attacks
+  )
+  assert {0.01, 0.001} <= set(config.attack.fprs)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_studies_differ_only_in_their_data(protocol):
+  reference, allowed = flat(load("cifar100", protocol)), {"name", "data/name"}
+  for name, more in {
+    "cifar10": set(),
+    "tiny_imagenet": {"data/image_size", "quantize/last_layer_levels"},
+  }.items():
+    other = flat(load(name, protocol))
+    differing = {
+      key for key in reference.keys() | other.keys() if reference.get(key) != other.get(key)
+    }
+    assert {"name", "data/name"} <= differing <= allowed | more
+
+
+def test_fast_is_the_default_and_other_protocols_are_refused():
+  assert flat(load("cifar10")) == flat(load("cifar10", "fast"))
+  with pytest.raises(ValueError, match="protocol is 'slow'; choose one of fast, paper, smoke"):
+    load("cifar10", "slow")
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+  """A folder with 80 + 20 random images as a CIFAR-10 that TensorFlow Datasets prepared."""
+  folder = tmp_path_factory.mktemp("tfds")
+  images = {split: pictures.random_images(count, size=32, seed=count)
+            for split, count in (("train", 80), ("test", 20))}  # fmt: skip
+  examples = {split: made.cifar10_examples(each, split) for split, each in images.items()}
+  made.prepare("cifar10", folder, examples, labels=list("abcdefghij"))
+  return folder
+
+
+SMALL = {
+  "data.pool_size": "60",
+  "data.test_size": "20",
+  "data.image_size": "8",
+  "model.width": "2",
+  "train.epochs": "1",
+  "train.batch_size": "10",
+  "train.models_per_chunk": "2",
+  "quantize.methods": "nearest",
+  "quantize.calibration_size": "10",
+  "attack.resamples": "10",
+}
+
+
+def launch(folder, workdir):
+  return subprocess.run(
+    [sys.executable, "-m", "launch.audit", "--config=configs/cifar10.py:protocol=smoke"]
+    + [f"--config.{key}={value}" for key, value in SMALL.items()]
+    + [f"--config.data.data_dir={folder}", f"--workdir={workdir}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_an_audit_of_cifar10_as_tensorflow_datasets_prepares_it(cifar10, tmp_path):
+  done = launch(cifar10, tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "60 images of cifar10 in the pool, 6 models (resnet8)" in done.stdout
+  found = storage.read_records(tmp_path / "results.jsonl")
+  records.validate_all(found)
+  assert set(map(records.variant, records.select(found, "leakage"))) == {
+    ("none", None, None),
+    ("nearest", 3, 256),
+    ("nearest", 16, 16),
+  }
+  assert found[0]["data"]["image_shape"] == [8, 8, 3]
+
+
+def test_an_unprepared_set_is_one_sentence_and_code_2(tmp_path):
+  done = launch(tmp_path, tmp_path / "audit")
+  assert done.returncode == settings.USER_ERROR
+  assert done.stderr.startswith("error: the dataset 'cifar10' is not prepared in")
+  assert "download_and_prepare" in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_paper_s_protocol_runs(cifar10, tmp_path):
+  """Dedicated targets and calibration sets of a method's own size; everything else small."""
+  small = {key: value for key, value in SMALL.items() if key != "model.width"}
+  config = sweep.with_values(
+    load("cifar10", "paper"),
+    small
+    | {
+      "data.data_dir": str(cifar10),
+      "model.name": "convnet",
+      "train.models": "4",
+      "train.targets": "2",
+      "quantize.methods": "obc",
+      "quantize.levels": "3",
+      "quantize.adaround.calibration_size": "6",  # not above the common one, or it is refused
+      "quantize.obc.calibration_size": "8",
+    },
+  )
+  audit.run(config, tmp_path)
+  members = storage.load_arrays(tmp_path / "membership.npz")["target_members"]
+  calibration = storage.load_arrays(next(tmp_path.glob("scores/obc-3-256/targets-*.npz")))
+  assert calibration["calibration"].shape == (2, 8)
+  assert np.take_along_axis(members, calibration["calibration"], axis=1).all()
+  found = records.select(storage.read_records(tmp_path / "results.jsonl"), "leakage")
+  assert {record["num_targets"] for record in found} == {2}
+  assert {record["attack"] for record in found} == set(config.attack.attacks)
+
+
+def test_a_tiny_imagenet_archive_passes_the_checks(tmp_path):
+  files, _ = pictures.tiny_imagenet_files()
+  archive = pictures.write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+  values = {"data.path": str(archive), "data.pool_size": "6", "data.test_size": "4"}
+  small = SMALL | values | {"train.batch_size": "3", "quantize.calibration_size": "3"}
+  opened = Audit(sweep.with_values(load("tiny_imagenet", "smoke"), small), tmp_path)
+  opened.check()
+  assert opened.model.num_classes == 2
+  assert opened.dataset.image_shape == (8, 8, 3)
