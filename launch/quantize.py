@@ -16,7 +16,7 @@ from launch.train_shadows import load_variables
 from launch.workdir import FULL_PRECISION, Audit, Chunk, is_sound, open_audit
 from ptq_jax import settings, storage, trees
 from ptq_jax.data import augment
-from ptq_jax.quantize import METHODS, pack
+from ptq_jax.quantize import pack, quantize_stacked
 from ptq_jax.report.records import Variant
 
 
@@ -57,8 +57,8 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
     mine = [variant for variant in variants if variant.method == method]
     options = audit.method_options(method)
     size = options.pop("calibration_size")
-    quantized, info = METHODS[method].quantize_stacked(
-      keys, audit.model, variables, images[:, :size], plans=audit.plans(mine), **options
+    quantized, info = quantize_stacked(
+      method, keys, audit.model, variables, images[:, :size], plans=audit.plans(mine), **options
     )
     for index, variant in enumerate(mine):
       grids = {

@@ -4,12 +4,15 @@ A device mesh has one axis, "models". Functions written for one model are vmappe
 split over it with `jax.shard_map`; results do not depend on how many devices there are.
 """
 
+import concurrent.futures
 import os
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ptq_jax import trees
 from ptq_jax.base import PyTree
 
 AXIS = "models"
@@ -48,13 +51,55 @@ def over_models(
     in_axes: 0 for arguments with a model axis, None for those that all models share.
     mesh: see `mesh_for`; None stays on one device.
   """
-  batched = jax.vmap(function, in_axes=tuple(in_axes))
+  return sharded(jax.vmap(function, in_axes=tuple(in_axes)), in_axes=in_axes, mesh=mesh)
+
+
+def sharded(
+  function: Callable[..., PyTree], *, in_axes: Sequence[int | None], mesh: Mesh | None = None
+) -> Callable[..., PyTree]:
+  """A function of stacked models; each device of the mesh calls it with its share of them.
+
+  Args:
+    function: of stacked models, to results stacked likewise.
+    in_axes, mesh: as in `over_models`.
+  """
   if mesh is None:
-    return batched
+    return function
   specs = tuple(PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in in_axes)
   return jax.shard_map(
-    batched, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
+    function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
   )
+
+
+def on_devices(
+  function: Callable[..., PyTree], *stacked: PyTree, devices: Sequence[jax.Device] | None = None
+) -> list[PyTree]:
+  """Calls `function` once per device, with that device's share of the models, side by side.
+
+  For work that Python steers (loops that stop early, a program per layer shape), which does not fit
+  into one program over a mesh. Every device has a thread of its own; results stay in their order.
+
+  Args:
+    function: of stacked models; what it computes runs on the device where they lie.
+    *stacked: trees with leading axis M, on the host or any device.
+    devices: to share the models; None: all of this process.
+  Returns:
+    What each call returned, in the order of the models: one item per device that got any.
+  """
+  devices = jax.local_devices() if devices is None else devices
+  num_models = trees.length(stacked)
+  edges = np.linspace(0, num_models, min(len(devices), num_models) + 1).round().astype(int)
+
+  def call(device, first, last):
+    part = jax.tree.map(lambda leaf: leaf[first:last], stacked)
+    with jax.default_device(device):
+      return function(*jax.device_put(part, device))
+
+  jobs = list(zip(devices, edges[:-1], edges[1:], strict=False))
+  if len(jobs) == 1:
+    return [call(*jobs[0])]
+  with concurrent.futures.ThreadPoolExecutor(len(jobs)) as threads:
+    return list(threads.map(lambda job: call(*job), jobs))
 
 
 def place(tree: PyTree, mesh: Mesh | None, *, shared: bool = False) -> PyTree:

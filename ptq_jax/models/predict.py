@@ -5,6 +5,7 @@ Logits of all models are too big to keep (64 models x 2 views x 100 000 examples
 score of an attack, or to correct or not.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Int, Shaped, UInt8, Variables
+from ptq_jax.models import parallel
 
 Prepare = Callable[[jax.Array, jax.Array], jax.Array]
 """(images uint8 [n, H, W, c], their positions int [n]) -> pixels float [V, n, H, W, c]."""
@@ -34,8 +37,11 @@ def predictor(
     `predict(variables, images, labels, *, batch_size)`.
   """
 
-  @jax.jit
-  def batch(variables, images, labels, positions):
+  @functools.partial(jax.jit, static_argnums=0)
+  def batch(mesh, *arguments):
+    return parallel.sharded(some_models, in_axes=(0, None, None, None), mesh=mesh)(*arguments)
+
+  def some_models(variables, images, labels, positions):
     pixels = prepare(images, positions)
     views, n = pixels.shape[:2]
     flat = pixels.reshape(views * n, *pixels.shape[2:])
@@ -53,6 +59,8 @@ def predictor(
   ) -> Shaped[np.ndarray, "M E V *rest"]:
     """Reduced outputs of M stacked models for E examples, on the host.
 
+    The models are shared among the devices of this process, see `parallel.mesh_for`.
+
     Raises:
       ValueError: for a batch size below 1.
     """
@@ -60,13 +68,15 @@ def predictor(
       raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     num_examples = len(labels)
     batch_size = min(batch_size, num_examples)
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    mesh = parallel.mesh_for(trees.length(variables))
+    variables = parallel.place(variables, mesh)
+    images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
     parts = []
     for start in range(0, num_examples, batch_size):
       # The last batch starts earlier instead of being smaller: one shape, one compilation.
       first = min(start, num_examples - batch_size)
       positions = jnp.arange(first, first + batch_size)
-      part = batch(variables, images[positions], labels[positions], positions)
+      part = batch(mesh, variables, images[positions], labels[positions], positions)
       parts.append(part[:, start - first :])
     return np.concatenate([np.asarray(part) for part in parts], axis=1)
 

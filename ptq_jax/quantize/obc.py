@@ -242,7 +242,7 @@ def _halving_memory(function, memory_bytes):
 
 def default_memory_bytes() -> int:
   """Cache size on a CPU; a quarter of the memory of an accelerator."""
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   if device.platform == "cpu":
     return CPU_MEMORY_BYTES
   limit = (device.memory_stats() or {}).get("bytes_limit", 2**32)

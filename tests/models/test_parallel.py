@@ -11,7 +11,7 @@ from ptq_jax.models import parallel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-PROGRAM = """
+TRAIN = """
 import jax, jax.numpy as jnp, numpy as np
 from ptq_jax import models
 from ptq_jax.data import augment, membership
@@ -41,15 +41,68 @@ print("same")
 """
 
 
-def test_four_devices_train_the_same_models_as_one():
+QUANTIZE_AND_PREDICT = """
+import flax.linen as nn
+import jax, jax.numpy as jnp, numpy as np
+from ptq_jax import models, quantize, trees
+from ptq_jax.models import predict, units
+from ptq_jax.quantize import plan
+
+model = models.make("convnet", num_classes=3, width=2)
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (12, 6, 6, 1), dtype=np.uint8)
+pixels = jnp.asarray(rng.normal(size=(3, 12, 6, 6, 1)).cumsum(2).cumsum(3), jnp.float32)
+keys = jax.random.split(jax.random.key(0), 3)
+variables = jax.jit(jax.vmap(lambda key: model.init(key, pixels[0])))(keys)
+
+run = predict.predictor(
+  model, prepare=lambda x, _: x[None] / 255, reduce=lambda logits, labels: logits
+)
+together = run(variables, images, np.zeros(12, int), batch_size=5)  # on three of four devices
+for m in range(3):
+  alone = run(trees.take(variables, slice(m, m + 1)), images, np.zeros(12, int), batch_size=5)
+  np.testing.assert_allclose(together[m], alone[0], rtol=1e-4, atol=1e-5)
+
+class Small(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    return nn.Dense(3)(nn.relu(nn.Conv(2, (2, 2))(x)).mean(axis=(1, 2)))
+
+small = Small()
+variables = jax.vmap(lambda key: small.init(key, pixels[0]))(keys)
+layers = units.layers(small, trees.take(variables, 0), pixels[0])
+plans = [plan.make(layers, levels=levels) for levels in (3, 16)]
+found = []
+for devices in (jax.local_devices()[:1], jax.local_devices()[1:3]):  # 1 and 2 models on the two
+  quantized, records = quantize.quantize_stacked(
+    "obc", keys, small, variables, pixels, plans=plans, devices=devices, batchnorm_images=pixels
+  )
+  assert [record.name for record in records] == ["Conv_0", "Dense_0"]
+  assert records[0].error_after.shape == (2, 3)
+  found.append(jax.device_get((quantized, [record.error_after for record in records])))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+print("same")
+"""
+
+
+def on_four_devices(program):
+  """What a program prints in a process with four virtual devices."""
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM],
+    [sys.executable, "-c", program],
     cwd=ROOT,
     env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
     capture_output=True,
     text=True,
   )
-  assert done.stdout == "same\n", done.stderr[-3000:]
+  return done.stdout or done.stderr[-3000:]
+
+
+def test_four_devices_train_the_same_models_as_one():
+  assert on_four_devices(TRAIN) == "same\n"
+
+
+def test_devices_quantize_and_predict_the_same_as_one():
+  assert on_four_devices(QUANTIZE_AND_PREDICT) == "same\n"
 
 
 def test_mesh_has_as_many_devices_as_divide_the_models():
