@@ -68,7 +68,7 @@ def measure(shape, lowering: str, options) -> tuple[float, float]:
       lowering=lowering,
     )
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=conv.compiler_options())
   def step(images, kernels, cotangents):
     outputs, backward = jax.vjp(jax.vmap(convolve), images, kernels)
     return outputs, backward(cotangents)

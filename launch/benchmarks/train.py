@@ -6,7 +6,8 @@ Both train on random pixels: this measures speed alone. The peer is a script tha
 --epochs, --batch, --examples, --size, --stages, --width, --loader and prints a JSON line with
 "images_per_s"; it runs before and after ours, in the same process group of cores, once as users run
 it (--loader dataloader) and once tuned (--loader tensor; on a GPU also --amp, --channels-last,
---compile). Without --peer only ours is measured.
+--compile). It has ResNets alone; for the convnet its function `resnet` is replaced by the same
+network in PyTorch. Without --peer only ours is measured.
 """
 
 import argparse
@@ -24,8 +25,30 @@ from ptq_jax.data import augment, membership
 from ptq_jax.models import flops, parallel
 from ptq_jax.train import fit, optimizer, shadows
 
-STAGES = {"resnet8": "1,1,1", "resnet20": "3,3,3", "resnet18": "2,2,2,2"}
-"""What the peer calls our models; it has ResNets alone."""
+STAGES = {"resnet8": "1,1,1", "resnet20": "3,3,3", "resnet18": "2,2,2,2", "convnet": "1"}
+"""What the peer calls our models."""
+
+CONVNET_PEER = """
+import importlib.util, sys
+from torch import nn
+
+def convnet(stages, width, classes, channels=3):
+  widths = [channels, width, 2 * width, 4 * width]
+  layers = []
+  for i in range(3):
+    convolution = nn.Conv2d(widths[i], widths[i + 1], 3, 2 if i else 1, 1, bias=False)
+    layers += [convolution, nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
+  head = nn.Linear(widths[-1], classes)
+  return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+sys.argv = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("peer", sys.argv[0])
+peer = sys.modules["peer"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(peer)
+peer.resnet = convnet
+peer.main()
+"""
+"""Runs the peer with the plain convolutional network that `models.convnet` is."""
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "TPU v4": 275, "TPU v5": 197, "TPU v6": 918}
 """Dense bf16 peak of a chip, from the makers' data sheets."""
@@ -127,15 +150,16 @@ def peers(options) -> dict[str, float]:
   if jax.default_backend() == "gpu":
     tuned += ["--amp", "--channels-last", "--compile"]
   workers = ["--workers=2"] if jax.default_backend() == "cpu" else []
+  script = [options.peer] if options.model != "convnet" else ["-c", CONVNET_PEER, options.peer]
   return {
-    "PyTorch, DataLoader": run_peer(options.peer, arguments + workers),
-    "PyTorch, tuned": run_peer(options.peer, arguments + tuned),
+    "PyTorch, DataLoader": run_peer([*script, *arguments, *workers]),
+    "PyTorch, tuned": run_peer([*script, *arguments, *tuned]),
   }
 
 
-def run_peer(script: str, arguments: list[str]) -> float:
-  """Images per second that the script prints."""
-  done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+def run_peer(command: list[str]) -> float:
+  """Images per second that a Python program prints."""
+  done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
   if done.returncode:
-    raise RuntimeError(f"{script} failed: {done.stderr.strip().splitlines()[-1]}")
+    raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1]}")
   return json.loads(done.stdout.splitlines()[-1])["images_per_s"]

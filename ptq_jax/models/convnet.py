@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ptq_jax.models import chain, conv
+from ptq_jax.models import chain, conv, norm
 
 
 class ConvBlock(nn.Module):
@@ -18,7 +18,7 @@ class ConvBlock(nn.Module):
   @nn.compact
   def __call__(self, x, train: bool = False):
     x = conv.square(self.features, 3, self.stride, dtype=self.dtype, name="conv")(x)
-    x = conv.BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(x)
+    x = norm.BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(x)
     return nn.relu(x)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Int, Shaped, UInt8, Variables
-from ptq_jax.models import parallel
+from ptq_jax.models import conv, parallel
 
 Prepare = Callable[[jax.Array, jax.Array], jax.Array]
 """(images uint8 [n, H, W, c], their positions int [n]) -> pixels float [V, n, H, W, c]."""
@@ -37,7 +37,7 @@ def predictor(
     `predict(variables, images, labels, *, batch_size)`.
   """
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @functools.partial(jax.jit, static_argnums=0, compiler_options=conv.compiler_options())
   def batch(mesh, *arguments):
     return parallel.sharded(some_models, in_axes=(0, None, None, None), mesh=mesh)(*arguments)
 

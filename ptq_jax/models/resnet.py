@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ptq_jax.models import chain, conv
+from ptq_jax.models import chain, conv, norm
 from ptq_jax.models.convnet import ConvBlock, PoolHead
 
 
@@ -23,7 +23,7 @@ class ConvNorm(nn.Module):
   @nn.compact
   def __call__(self, x, train: bool = False):
     x = conv.square(self.features, self.size, self.stride, dtype=self.dtype, name="conv")(x)
-    return conv.BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(x)
+    return norm.BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(x)
 
 
 class BasicBlock(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ptq_jax.models import chain, conv
+from ptq_jax.models import chain, conv, norm
 
 
 class Stem(nn.Module):
@@ -31,7 +31,7 @@ class NormRelu(nn.Module):
 
   @nn.compact
   def __call__(self, x, train: bool = False):
-    x = conv.BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(x)
+    x = norm.BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(x)
     return nn.relu(x)
 
 
