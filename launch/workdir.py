@@ -47,6 +47,7 @@ MAY_CHANGE = (
   "quantize.methods",
   "quantize.levels",
   "quantize.last_layer_levels",
+  "quantize.sweep_last_layer_at",
 )
 """Keys whose change neither spoils nor mixes up what a workdir holds; nor do the attack's."""
 
@@ -263,6 +264,12 @@ class Audit:
       for method in quantize.methods
       for levels in quantize.levels
       for last in quantize.last_layer_levels
+    ]
+    found += [
+      Variant(method, levels, None if last == plan.FULL else last)
+      for method in quantize.methods
+      for levels in quantize.sweep_last_layer_at
+      for last in plan.LAST_LAYER_SWEEP
     ]
     return list(dict.fromkeys(found))
 

@@ -71,6 +71,7 @@ def audit_defaults() -> Config:
       methods=("nearest", "adaround", "brecq", "obc"),
       levels=(3, 4, 16),
       last_layer_levels=("same",),  # "same", "usual" (256 beside 3), a number, or "full" precision
+      sweep_last_layer_at=(),  # levels with which every precision of the last layer is tried
       overrides=(),  # levels by path pattern, such as ("stem/*=256",)
       calibration_size=512,
       calibration_augmentation=(),

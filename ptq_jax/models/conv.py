@@ -96,13 +96,13 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
     flop: of one model, 2 * kernel entries * output pixels of the batch.
     groups: of the convolution itself.
   Returns:
-    One of `LOWERINGS`. On a CPU measured (`launch/bench.py conv`, BUILD_NOTES.md): unrolled wins at
-    every shape but those of a few input channels, by 1.1 to 14 times over grouped. On an
-    accelerator not measured yet: unrolled where one model fills the chip, else patches.
+    One of `LOWERINGS`. On a CPU measured (`launch/bench.py conv`, BUILD_NOTES.md): unrolled wins,
+    but for small ones, where patches also compile sooner. On an accelerator not measured yet:
+    unrolled where one model fills the chip, else patches.
   """
-  if platform == "cpu" or num_models == 1 or groups > 1:
+  if num_models == 1 or groups > 1:
     return "unrolled"
-  return "unrolled" if flop > 5e8 else "patches"
+  return "unrolled" if flop > (2e7 if platform == "cpu" else 5e8) else "patches"
 
 
 @functools.cache

@@ -8,14 +8,19 @@ import concurrent.futures
 import os
 from collections.abc import Callable, Sequence
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptq_jax import trees
 from ptq_jax.base import PyTree
+from ptq_jax.models import flops
 
 AXIS = "models"
+
+ALONE_FLOP = 3e8
+"""Of a forward pass; on a CPU, models with more run one after the other."""
 
 
 def mesh_for(num_models: int, *, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
@@ -39,6 +44,28 @@ def device_memory_bytes() -> int:
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"]
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def shares(model: nn.Module, mesh: Mesh | None, *, num_models: int, batch_shape: Sequence[int]):
+  """Which of the stacked models should run at once, as slices: all, but on a CPU one by one.
+
+  There, models with enough work for all cores gain nothing from company; alone they compile sooner
+  and leave more to the cache (ResNet-8 trains 1.1 times as fast). Small ones share the overhead.
+
+  Args:
+    model: any Linen model.
+    mesh: devices that share the models, if any.
+    num_models: M.
+    batch_shape: of the images of one model, [n, H, W, c].
+  """
+  together = [slice(0, num_models)]
+  if jax.default_backend() != "cpu" or mesh is not None or num_models == 1:
+    return together
+  try:
+    flop = batch_shape[0] * flops.forward(model, image_shape=tuple(batch_shape[1:]))
+  except ValueError:  # layers that cannot be counted
+    return together
+  return together if flop < ALONE_FLOP else [slice(m, m + 1) for m in range(num_models)]
 
 
 def over_models(

@@ -71,14 +71,24 @@ def predictor(
     mesh = parallel.mesh_for(trees.length(variables))
     variables = parallel.place(variables, mesh)
     images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
-    parts = []
-    for start in range(0, num_examples, batch_size):
-      # The last batch starts earlier instead of being smaller: one shape, one compilation.
-      first = min(start, num_examples - batch_size)
-      positions = jnp.arange(first, first + batch_size)
-      part = batch(mesh, variables, images[positions], labels[positions], positions)
-      parts.append(part[:, start - first :])
-    return np.concatenate([np.asarray(part) for part in parts], axis=1)
+    shares = parallel.shares(
+      model,
+      mesh,
+      num_models=trees.length(variables),
+      batch_shape=(batch_size, *images.shape[1:]),
+    )
+    rows = []
+    for share in shares:
+      some = variables if len(shares) == 1 else trees.take(variables, share)
+      parts = []
+      for start in range(0, num_examples, batch_size):
+        # The last batch starts earlier instead of being smaller: one shape, one compilation.
+        first = min(start, num_examples - batch_size)
+        positions = jnp.arange(first, first + batch_size)
+        part = batch(mesh, some, images[positions], labels[positions], positions)
+        parts.append(part[:, start - first :])
+      rows.append(np.concatenate([np.asarray(part) for part in parts], axis=1))
+    return np.concatenate(rows)
 
   return predict
 

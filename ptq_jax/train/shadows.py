@@ -14,12 +14,8 @@ from jax.sharding import Mesh
 
 from ptq_jax import trees
 from ptq_jax.base import Array, Int, Key, Keys, UInt8
-from ptq_jax.models import conv, flops, parallel
+from ptq_jax.models import conv, parallel
 from ptq_jax.train import fit
-
-ALONE_FLOP = 1e9
-"""On a CPU, models with more work in a step than this train one after the other: they gain nothing
-from company, compile sooner, and leave more to the cache (ResNet-8 is 1.1 times as fast)."""
 
 
 class Epoch(NamedTuple):
@@ -74,16 +70,18 @@ def epochs(
   """
   states, keys, members = (parallel.place(tree, mesh) for tree in (states, keys, members))
   images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
-  on_cpu = jax.default_backend() == "cpu"
-  shares = [slice(None)]
-  if on_cpu and mesh is None and _is_heavy(recipe, images.shape[1:]):
-    shares = [slice(m, m + 1) for m in range(len(keys))]
+  shares = parallel.shares(
+    recipe.model,
+    mesh,
+    num_models=len(keys),
+    batch_shape=(recipe.batch_size, *images.shape[1:]),
+  )
   for epoch in range(first, last):
     indices = _indices(keys, members, epoch, batch_size=recipe.batch_size)
-    size = steps_per_dispatch or (1 if on_cpu else indices.shape[1])
+    size = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else indices.shape[1])
     done = []
     for share in shares:
-      part = states if share == slice(None) else trees.take(states, share)
+      part = states if len(shares) == 1 else trees.take(states, share)
       done.append(_epoch(recipe, mesh, part, keys[share], images, labels, indices[share], size))
     states, metrics = done[0] if len(done) == 1 else trees.concatenate(done)
     yield Epoch(epoch + 1, states, metrics)
@@ -159,14 +157,6 @@ def _run(recipe, mesh, states, keys, images, labels, indices):
   run = functools.partial(fit.run, recipe)
   batched = parallel.over_models(run, in_axes=(0, 0, None, None, 0), mesh=mesh)
   return batched(states, keys, images, labels, indices)
-
-
-def _is_heavy(recipe, image_shape) -> bool:
-  """Whether one step of one model computes enough to keep a CPU busy."""
-  try:
-    return recipe.batch_size * flops.training(recipe.model, image_shape=image_shape) > ALONE_FLOP
-  except ValueError:  # layers that cannot be counted
-    return True
 
 
 def _mean(parts, weights):

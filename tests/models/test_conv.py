@@ -123,7 +123,8 @@ def test_other_layouts_are_refused():
 
 def test_lowering_depends_on_platform_and_size():
   choose = functools.partial(conv.choose_lowering, num_models=8, groups=1)
-  assert choose(platform="cpu", flop=10**6) == "unrolled"
+  assert choose(platform="cpu", flop=10**6) == "patches"
+  assert choose(platform="cpu", flop=10**8) == "unrolled"
   assert choose(platform="gpu", flop=10**6) == "patches"
   assert choose(platform="gpu", flop=10**10) == "unrolled"
   images, kernel = arrays(1)

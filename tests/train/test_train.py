@@ -9,6 +9,7 @@ import pytest
 
 from ptq_jax import models, trees
 from ptq_jax.data import augment, membership
+from ptq_jax.models import parallel
 from ptq_jax.train import fit, loss, optimizer, shadows
 
 EXAMPLES, BATCH, EPOCHS, MODELS = 48, 8, 2, 4
@@ -86,7 +87,7 @@ def test_steps_per_dispatch_do_not_matter(setup, together):
 
 def test_heavy_models_train_one_after_the_other_to_the_same_result(setup, together, monkeypatch):
   recipe = setup[0]._replace(label_smoothing=0.0)
-  monkeypatch.setattr(shadows, "ALONE_FLOP", 0)
+  monkeypatch.setattr(parallel, "ALONE_FLOP", 0)
   before = shadows._runner()._cache_size()
   alone = train((recipe, *setup[1:]), range(MODELS))
   assert shadows._runner()._cache_size() == before + 1  # one program, whatever the chunk
