@@ -88,7 +88,13 @@ def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
     if states is None:
       states = shadows.init(keys, audit.recipe, image_shape=data.image_shape)
     progress.advance(len(chunk) * saved.step)
-    last_saved = time.monotonic()
+    last_saved, running = time.monotonic(), None
+
+    def show(epoch: shadows.Epoch | None) -> None:
+      if epoch is not None:
+        loss = float(epoch.metrics.loss.mean())  # waits for the device
+        progress.advance(len(chunk), f"{chunk.name}, epoch {epoch.epoch}, loss {loss:.3f}")
+
     for epoch in shadows.epochs(
       jax.tree.map(jnp.asarray, states),
       keys,
@@ -100,8 +106,8 @@ def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
       last=train.epochs,
       mesh=parallel.mesh_for(len(chunk)),
     ):
-      states, loss = epoch.states, float(epoch.metrics.loss.mean())
-      progress.advance(len(chunk), f"{chunk.name}, epoch {epoch.epoch}, loss {loss:.3f}")
+      show(running)  # of the epoch before, while the device works on this one
+      states, running = epoch.states, epoch
       minutes = (time.monotonic() - last_saved) / 60
       if stopped() or minutes > train.checkpoint_minutes:
         checkpoints.save(epoch.epoch, states, {"chunk": chunk.name})
@@ -109,6 +115,7 @@ def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
       if stopped():
         checkpoints.wait()
         raise stopped()
+    show(running)
   return states
 
 

@@ -15,6 +15,7 @@ Use it in any Flax model: `nn.Conv(..., conv_general_dilated=conv.conv_general_d
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -112,7 +113,9 @@ def compiler_options() -> dict[str, str] | None:
   On a CPU: to leave them to Eigen, which is 1.3 to 2.3 times as fast as YNNPACK, XLA's choice in
   JAX 0.10 (BUILD_NOTES.md). None elsewhere, and where XLA does not know the option.
   """
-  options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+  kept = ("REDUCE", "INDIVIDUAL_DOT")  # without INDIVIDUAL_CONVOLUTION
+  kinds = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kept)
+  options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
   if jax.default_backend() != "cpu":
     return None
   try:
@@ -120,6 +123,24 @@ def compiler_options() -> dict[str, str] | None:
   except jax.errors.JaxRuntimeError:
     return None
   return options
+
+
+def jit(function: Callable, **options) -> Callable:
+  """`jax.jit` with `compiler_options()`, which are asked for at the first call, not at import.
+
+  `jitted()` of the result is what `jax.jit` made. Not for use inside another jit.
+  """
+
+  @functools.cache
+  def jitted():
+    return jax.jit(function, compiler_options=compiler_options(), **options)
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    return jitted()(*args, **kwargs)
+
+  call.jitted = jitted
+  return call
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -37,7 +37,7 @@ def predictor(
     `predict(variables, images, labels, *, batch_size)`.
   """
 
-  @functools.partial(jax.jit, static_argnums=0, compiler_options=conv.compiler_options())
+  @functools.partial(conv.jit, static_argnums=0)
   def batch(mesh, *arguments):
     return parallel.sharded(some_models, in_axes=(0, None, None, None), mesh=mesh)(*arguments)
 

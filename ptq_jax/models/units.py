@@ -6,7 +6,7 @@ BRECQ reconstructs; a model that names none counts as one unit, itself.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -168,7 +168,7 @@ def _describe(module, path, input_shape, output_shape, shapes) -> Layer:
     return Layer(
       path, "dense", kernel_shape, input_shape=input_shape[1:], output_shape=output_shape[1:]
     )
-  window = _per_axis(module.kernel_size, 1)
+  window = per_axis(module.kernel_size, 1)
   groups = module.feature_group_count
   if kernel_shape != (*window, input_shape[-1] // groups, module.features):
     raise _unsupported(path, "lifted (scanned or vmapped) Conv")
@@ -178,9 +178,9 @@ def _describe(module, path, input_shape, output_shape, shapes) -> Layer:
       f"{len(window)} spatial axes and one axis of channels."
     )
   strides, dilation = (
-    _per_axis(value, len(window)) for value in (module.strides, module.kernel_dilation)
+    per_axis(value, len(window)) for value in (module.strides, module.kernel_dilation)
   )
-  padding = _pads(module.padding, input_shape[1:-1], window, strides, dilation)
+  padding = pads(module.padding, input_shape[1:-1], extents(window, dilation), strides)
   return Layer(
     path,
     "conv",
@@ -194,25 +194,41 @@ def _describe(module, path, input_shape, output_shape, shapes) -> Layer:
   )
 
 
-def _per_axis(value, num_axes) -> tuple[int, ...]:
-  """An option of nn.Conv, one number or one per window axis, as one per window axis."""
+def per_axis(value: int | Sequence[int] | None, num_axes: int) -> tuple[int, ...]:
+  """An option of nn.Conv, one number or one per window axis, as one per window axis; None is 1."""
   if value is None:
     return (1,) * num_axes
   return (value,) * num_axes if isinstance(value, int) else tuple(int(v) for v in value)
 
 
-def _pads(padding, spatial, window, strides, dilation) -> tuple[tuple[int, int], ...]:
-  """Zeros before and after each spatial axis."""
-  extent = [(size - 1) * step + 1 for size, step in zip(window, dilation, strict=True)]
+def extents(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
+  """Pixels from one end of a dilated window to the other, per axis."""
+  return [(size - 1) * step + 1 for size, step in zip(window, dilation, strict=True)]
+
+
+def pads(
+  padding: str | int | Sequence[int | tuple[int, int]],
+  spatial: Sequence[int],
+  window_extents: Sequence[int],
+  strides: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+  """Zeros before and after each spatial axis, from `padding` as nn.Conv takes it.
+
+  Raises:
+    ValueError: for an unknown word, or numbers that do not fit the axes.
+  """
   if isinstance(padding, str):
-    if padding.upper() == "CAUSAL":
-      return ((extent[0] - 1, 0),)
-    pads = jax.lax.padtype_to_pads(spatial, extent, strides, padding.upper())
-  elif isinstance(padding, int):
-    pads = [(padding, padding)] * len(window)
+    if padding.upper() == "CAUSAL" and len(spatial) == 1:
+      return ((window_extents[0] - 1, 0),)
+    if padding.upper() not in ("SAME", "VALID"):
+      raise ValueError(f'padding must be "SAME", "VALID" or numbers, got {padding!r}.')
+    pairs = jax.lax.padtype_to_pads(spatial, window_extents, strides, padding.upper())
   else:
-    pads = [(p, p) if isinstance(p, int) else p for p in padding]
-  return tuple((int(low), int(high)) for low, high in pads)
+    each = (padding,) * len(spatial) if isinstance(padding, int) else tuple(padding)
+    if len(each) != len(spatial):
+      raise ValueError(f"padding {padding!r} must have one entry per axis of {tuple(spatial)}.")
+    pairs = [(p, p) if isinstance(p, int) else p for p in each]
+  return tuple((int(low), int(high)) for low, high in pairs)
 
 
 def _check_nothing_missed(found: Mapping[str, Layer], modules: Mapping[str, str], shapes) -> None:

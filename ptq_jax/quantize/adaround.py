@@ -24,6 +24,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Key, Keys, Shaped, Variables
+from ptq_jax.models import conv
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, plan, quadratic, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
@@ -62,11 +63,9 @@ def quantize_params(
   Raises:
     ValueError: see `quantize_stacked`.
   """
-  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
-  layers = capture.check(model, stacked, images)
-  chosen = plan.resolve(layers, levels, last_layer_levels)
-  results = quantize_stacked(key[None], model, stacked, images, plans=[chosen], **options)
-  return walk.one_model(*results)
+  return walk.one_model(
+    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
+  )
 
 
 def quantize_stacked(
@@ -200,7 +199,7 @@ def _layer_moments(site: walk.Site, layer: Layer, index: int) -> quadratic.Momen
   return total
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(conv.jit, static_argnums=(0, 1, 2))
 def _batch_moments(model, unit, layer, full, quantized, full_inputs, inputs, share):
   full_call = capture.calls(model.module, full, full_inputs, [layer.path], unit=unit)[layer.path]
   call = capture.calls(model.module, quantized, inputs, [layer.path], unit=unit)[layer.path]
@@ -286,7 +285,7 @@ def _layer_calls(model, unit, layer, variables, inputs) -> capture.Call:
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(conv.jit, static_argnums=(0, 1, 2))
 def _layer_call(model, unit, path, variables, inputs):
   return capture.calls(model.module, variables, inputs, [path], unit=unit)[path]
 

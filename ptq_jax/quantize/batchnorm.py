@@ -10,6 +10,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Key, Keys, Shaped, Variables
+from ptq_jax.models import conv
 from ptq_jax.quantize import capture
 from ptq_jax.quantize.capture import Hashable
 
@@ -66,7 +67,7 @@ def estimate_stacked(
   return trees.stack(plans)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(conv.jit, static_argnums=0)
 def _batch_moments(model, key, variables, images):
   """Means, and mean squares in place of variances, of a batch, in the tree of "batch_stats".
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
-from ptq_jax.models import fold_batchnorm, units
+from ptq_jax.models import conv, fold_batchnorm, units
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import capture, plan, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
@@ -52,11 +52,9 @@ def quantize_params(
     Variables of the same tree and dtypes, batch normalisation folded, and one record per unit,
     with scalars.
   """
-  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
-  layers = capture.check(model, stacked, images)
-  chosen = plan.resolve(layers, levels, last_layer_levels)
-  results = quantize_stacked(key[None], model, stacked, images, plans=[chosen], **options)
-  return walk.one_model(*results)
+  return walk.one_model(
+    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
+  )
 
 
 def quantize_stacked(
@@ -107,6 +105,7 @@ def quantize_stacked(
   images = jnp.asarray(images)
   folded = jax.vmap(lambda v: fold_batchnorm.fold(model, v, images[0]))(variables)
   options = _Options(loss, labels, schedule, stop, dict(grid_options or {}))
+  chain = units.chain(model, *trees.take((folded, images), 0))
   return walk.quantize_stacked(
     functools.partial(_quantize_unit, options=options),
     keys,
@@ -114,7 +113,7 @@ def quantize_stacked(
     folded,
     images,
     plans=plans,
-    pair_bytes=_pair_bytes(units.chain(model, *trees.take((folded, images), 0)), images.shape[1]),
+    pair_bytes=_pair_bytes(chain, images.shape[1], schedule.batch_size),
     memory_bytes=memory_bytes,
   )
 
@@ -278,7 +277,7 @@ def _importance(site: walk.Site, model_index: int, labels) -> Array:
   return joined / jnp.maximum(jnp.mean(joined), jnp.finfo(joined.dtype).tiny)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(conv.jit, static_argnums=(0, 1))
 def _squared_gradient(model, rest, variables, outputs, labels, key, index):
   """Per image, the squared gradient of its cross-entropy with respect to a unit's outputs."""
 
@@ -295,12 +294,14 @@ def _squared_gradient(model, rest, variables, outputs, labels, key, index):
   return jax.grad(cross_entropy)(outputs, labels) ** 2
 
 
-def _pair_bytes(chain: Sequence[Unit], num_images: int) -> int:
-  """What one pair takes at the unit that needs most: inputs, targets, optimiser state."""
+def _pair_bytes(chain: Sequence[Unit], num_images: int, batch_size: int) -> int:
+  """What one pair takes at the unit that needs most: inputs, targets, optimiser state, patches."""
 
   def needed(unit):
     first, last = unit.layers[0], unit.layers[-1]
     ends = math.prod(first.input_shape) + 2 * math.prod(last.output_shape)
-    return num_images * ends + 10 * sum(math.prod(layer.kernel_shape) for layer in unit.layers)
+    state = 10 * sum(math.prod(layer.kernel_shape) for layer in unit.layers)
+    step = min(batch_size, num_images) * sum(map(capture.patch_size, unit.layers))
+    return 2 * num_images * ends + 2 * state + 3 * step
 
-  return 4 * 2 * max(needed(unit) for unit in chain if unit.layers)
+  return 4 * max(needed(unit) for unit in chain if unit.layers)

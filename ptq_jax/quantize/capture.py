@@ -19,7 +19,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, PyTree, Shaped, Variables
-from ptq_jax.models import units
+from ptq_jax.models import conv, units
 from ptq_jax.models.units import Layer
 
 COLLECTION = "captured"
@@ -120,11 +120,12 @@ def sums(
 
 def images_at_once(layers: Sequence[Layer], *, memory_bytes: int = BATCH_BYTES) -> int:
   """How many images may run at once so that the patches of the largest layer fit the bytes."""
-  largest = max(
-    layer.positions * math.prod(layer.kernel_shape[:-1]) * layer.feature_group_count
-    for layer in layers
-  )
-  return max(1, memory_bytes // (4 * largest))
+  return max(1, memory_bytes // (4 * max(map(patch_size, layers))))
+
+
+def patch_size(layer: Layer) -> int:
+  """Entries of the patches of one image."""
+  return layer.positions * math.prod(layer.kernel_shape[:-1]) * layer.feature_group_count
 
 
 def batches(images: Shaped[ArrayLike, "n ..."], batch_size: int) -> Iterator[Array]:
@@ -234,7 +235,7 @@ class Hashable:
       return False
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(conv.jit, static_argnums=(0, 1, 2))
 def _reduced_calls(function, model, layers, variables, images):
   captured = calls(model.module, variables, images, [layer.path for layer in layers])
   return {layer.path: function(layer, captured[layer.path].inputs) for layer in layers}

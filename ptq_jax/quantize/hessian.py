@@ -21,6 +21,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, Shaped, Variables
+from ptq_jax.models import units
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture
 from ptq_jax.quantize.grid import check_finite
@@ -196,9 +197,9 @@ def _layer(inputs, kernel_shape, strides, padding, kernel_dilation, groups) -> L
     shapes = {"input_shape": inputs.shape[1:], "output_shape": (*inputs.shape[1:-1], 0)}
     return Layer("layer", "dense", kernel_shape, **shapes)
   window, spatial = kernel_shape[:-2], inputs.shape[1:-1]
-  strides, dilation = (_per_axis(value, len(window)) for value in (strides, kernel_dilation))
-  extents = [(size - 1) * step + 1 for size, step in zip(window, dilation, strict=True)]
-  pads = _pads(padding, spatial, extents, strides)
+  strides, dilation = (units.per_axis(value, len(window)) for value in (strides, kernel_dilation))
+  extents = units.extents(window, dilation)
+  pads = units.pads(padding, spatial, extents, strides)
   sizes = [
     (size + sum(pad) - extent) // stride + 1
     for size, pad, extent, stride in zip(spatial, pads, extents, strides, strict=True)
@@ -219,27 +220,6 @@ def _layer(inputs, kernel_shape, strides, padding, kernel_dilation, groups) -> L
     inputs.shape[1:],
     (*sizes, kernel_shape[-1]),
   )
-
-
-def _per_axis(value, num_axes):
-  """One number or one per axis, as one per axis; None is 1."""
-  if value is None:
-    return (1,) * num_axes
-  return (value,) * num_axes if isinstance(value, int) else tuple(int(v) for v in value)
-
-
-def _pads(padding, spatial, extents, strides):
-  """Zeros before and after each axis."""
-  if isinstance(padding, str):
-    if padding.upper() not in ("SAME", "VALID"):
-      raise ValueError(f'padding must be "SAME", "VALID" or numbers, got {padding!r}.')
-    pairs = jax.lax.padtype_to_pads(spatial, extents, strides, padding.upper())
-  else:
-    per_axis = (padding,) * len(spatial) if isinstance(padding, int) else tuple(padding)
-    if len(per_axis) != len(spatial):
-      raise ValueError(f"padding {padding!r} must have one entry per axis of {tuple(spatial)}.")
-    pairs = [(pad, pad) if isinstance(pad, int) else pad for pad in per_axis]
-  return tuple((int(low), int(high)) for low, high in pairs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -61,7 +61,7 @@ def quantize_params(
   Raises:
     ValueError: see `quantize_stacked`.
   """
-  return one_model(
+  return walk.one_model(
     quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
   )
 
@@ -100,18 +100,6 @@ def quantize_stacked(
     plans=plans,
     grid_options=grid_options,
     memory_bytes=memory_bytes,
-  )
-
-
-def one_model(
-  stacked_method, key, model, variables, images, levels, last_layer_levels, options
-) -> tuple[Variables, list[Record]]:
-  """Runs a `quantize_stacked` for one model under one plan."""
-  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
-  layers = capture.check(model, stacked, images)
-  chosen = plan.resolve(layers, levels, last_layer_levels)
-  return walk.one_model(
-    *stacked_method(key[None], model, stacked, images, plans=[chosen], **options)
   )
 
 

@@ -28,7 +28,7 @@ from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variab
 from ptq_jax.quantize import batchnorm as batchnorms
 from ptq_jax.quantize import grid as grids
 from ptq_jax.quantize import hessian as hessians
-from ptq_jax.quantize import nearest
+from ptq_jax.quantize import nearest, walk
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.nearest import Job
 from ptq_jax.quantize.plan import Levels, Plan, Record
@@ -67,7 +67,7 @@ def quantize_params(
   """
   if options.get("batchnorm_images") is not None:
     options["batchnorm_images"] = jnp.asarray(options["batchnorm_images"])[None]
-  return nearest.one_model(
+  return walk.one_model(
     quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
   )
 

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from ptq_jax.base import Array, Bool, Float, Int, Key, Keys, PyTree
+from ptq_jax.models import conv
 from ptq_jax.quantize import capture, grid, rounding
 from ptq_jax.quantize.grid import Grid
 
@@ -289,7 +290,7 @@ def _all_decided(alphas):
   return jax.vmap(decided)(alphas)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
+@functools.partial(conv.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
 def _advance(run, schedule, count, problems, keys, state, first):
   """`count` steps of every problem; those that are done stay as they are."""
   optimizer = schedule.optimizer()
@@ -318,7 +319,7 @@ def _advance(run, schedule, count, problems, keys, state, first):
   return jax.vmap(one)(problems, keys, state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(conv.jit, static_argnums=0)
 def _errors(run, problems, weights, index):
   def one(problem, weights):
     importance = None if problem.importance is None else problem.importance[index]

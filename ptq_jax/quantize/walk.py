@@ -23,9 +23,9 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
-from ptq_jax.models import units
+from ptq_jax.models import conv, units
 from ptq_jax.models.units import Layer, Unit
-from ptq_jax.quantize import capture, grid
+from ptq_jax.quantize import capture, grid, plan
 from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Plan, Record
@@ -194,13 +194,21 @@ def rows(tree: PyTree, active: np.ndarray) -> PyTree:
   return jax.tree.map(lambda leaf: leaf[active], tree)
 
 
-def one_model(variables: Variables, records: Sequence[Record]) -> tuple[Variables, list[Record]]:
-  """The results of one model under one plan without their axes [P, M] = [1, 1]."""
+def one_model(
+  quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
+) -> tuple[Variables, list[Record]]:
+  """Runs a method's `quantize_stacked` for one model and plan; results have no axes [P, M]."""
+  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
+  layers = capture.check(model, stacked, images)
+  chosen = plan.resolve(layers, levels, last_layer_levels)
+  quantized, records = quantize_stacked(
+    key[None], model, stacked, images, plans=[chosen], **options
+  )
 
   def first(tree):
     return jax.tree.map(lambda leaf: leaf[0, 0], tree)
 
-  return first(variables), [Record(record.name, *first(record[1:])) for record in records]
+  return first(quantized), [Record(record.name, *first(record[1:])) for record in records]
 
 
 def _one(variables, images):
@@ -279,7 +287,7 @@ def run_unit(model: nn.Module, unit: Unit, variables: Variables, inputs: Array) 
   return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(conv.jit, static_argnums=(0, 1))
 def _run_unit(model, name, variables, inputs):
   return units.run(model.module, variables, inputs, name)
 

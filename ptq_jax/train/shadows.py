@@ -92,7 +92,7 @@ def _epoch(recipe, mesh, states, keys, images, labels, indices, steps_per_dispat
   parts, weights = [], []
   for start in range(0, indices.shape[1], steps_per_dispatch):
     part = indices[:, start : start + steps_per_dispatch]
-    states, metrics = _runner()(recipe, mesh, states, keys, images, labels, part)
+    states, metrics = _run(recipe, mesh, states, keys, images, labels, part)
     parts.append(metrics)
     weights.append(part.shape[1])
   return states, _mean(parts, weights)
@@ -135,7 +135,7 @@ def _step_bytes(recipe, num_models, num_examples, num_members, image_shape):
   labels = jax.ShapeDtypeStruct((num_examples,), jnp.int32)
   steps = 1 if jax.default_backend() == "cpu" else num_members // recipe.batch_size
   indices = jax.ShapeDtypeStruct((num_models, steps, recipe.batch_size), jnp.int32)
-  compiled = _runner().lower(recipe, None, states, keys, images, labels, indices).compile()
+  compiled = _run.jitted().lower(recipe, None, states, keys, images, labels, indices).compile()
   needs = compiled.memory_analysis()
   return needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
 
@@ -146,13 +146,7 @@ def _indices(keys, members, epoch, *, batch_size):
   return jax.vmap(one, in_axes=(0, 0, None))(keys, members, epoch)
 
 
-@functools.cache
-def _runner():
-  """`_run`, compiled; made late, because it asks for the platform."""
-  options = conv.compiler_options()
-  return jax.jit(_run, static_argnums=(0, 1), donate_argnums=2, compiler_options=options)
-
-
+@functools.partial(conv.jit, static_argnums=(0, 1), donate_argnums=2)
 def _run(recipe, mesh, states, keys, images, labels, indices):
   run = functools.partial(fit.run, recipe)
   batched = parallel.over_models(run, in_axes=(0, 0, None, None, 0), mesh=mesh)

@@ -88,9 +88,9 @@ def test_steps_per_dispatch_do_not_matter(setup, together):
 def test_heavy_models_train_one_after_the_other_to_the_same_result(setup, together, monkeypatch):
   recipe = setup[0]._replace(label_smoothing=0.0)
   monkeypatch.setattr(parallel, "ALONE_FLOP", 0)
-  before = shadows._runner()._cache_size()
+  before = shadows._run.jitted()._cache_size()
   alone = train((recipe, *setup[1:]), range(MODELS))
-  assert shadows._runner()._cache_size() == before + 1  # one program, whatever the chunk
+  assert shadows._run.jitted()._cache_size() == before + 1  # one program, whatever the chunk
   assert_close(alone[-1].states, together[-1].states)
   assert_close(alone[-1].metrics, together[-1].metrics)
 
@@ -176,10 +176,10 @@ def test_cross_entropy_and_accuracy_against_numpy():
 
 def test_one_compilation_per_chunk_shape(setup):
   recipe = setup[0]._replace(label_smoothing=0.125)  # a recipe that no other test compiles
-  before = shadows._runner()._cache_size()
+  before = shadows._run.jitted()._cache_size()
   train((recipe, *setup[1:]), [0, 1])
   train((recipe, *setup[1:]), [2, 3])
-  assert shadows._runner()._cache_size() - before == 1
+  assert shadows._run.jitted()._cache_size() - before == 1
 
 
 def test_largest_chunk_follows_the_memory(setup):
