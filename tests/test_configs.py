@@ -46,6 +46,18 @@ def test_every_name_in_a_config_exists(name, protocol):
     settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
 
 
+def test_a_sweep_of_the_last_layer_names_its_variants_once(tmp_path):
+  config = load("digits")
+  config.quantize.methods = ("obc", "nearest")
+  config.quantize.levels = (3, 16)
+  config.quantize.last_layer_levels = ("same",)
+  config.quantize.sweep_last_layer_at = (3,)
+  variants = Audit(config, tmp_path).variants()
+  assert len(variants) == len(set(variants)) == 2 * (2 + 5)
+  lasts = [v.last_layer_levels for v in variants if (v.method, v.levels) == ("obc", 3)]
+  assert lasts == [3, 4, 8, 16, 256, None]
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_paper_s_protocol(name):
   """Section by section what arXiv 2512.15335 and its public code do."""
@@ -118,7 +130,7 @@ def test_the_studies_differ_only_in_their_data(protocol):
 
 def test_fast_is_the_default_and_other_protocols_are_refused():
   assert flat(load("cifar10")) == flat(load("cifar10", "fast"))
-  with pytest.raises(ValueError, match="protocol is 'slow'; choose one of fast, paper, smoke"):
+  with pytest.raises(ValueError, match="protocol is 'slow'; choose one of fast, paper, small, smoke"):
     load("cifar10", "slow")
 
 

@@ -1,12 +1,15 @@
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq_jax import models
 from ptq_jax.models import parallel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -118,3 +121,21 @@ def test_over_models_without_a_mesh_is_vmap():
   found = parallel.over_models(scaled, in_axes=(0, None))(jnp.arange(3.0), jnp.ones(2))
   np.testing.assert_array_equal(found, [0.0, 2.0, 4.0])
   assert parallel.place(jnp.ones(2), None).devices() == {jax.local_devices()[0]}
+
+
+class Unknown(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    return nn.ConvTranspose(2, (3, 3))(x).mean(axis=(1, 2))
+
+
+def test_on_a_cpu_models_with_enough_work_run_one_by_one(monkeypatch):
+  model = models.make("convnet", num_classes=3, width=2)
+  shares = functools.partial(parallel.shares, num_models=3, batch_shape=(4, 8, 8, 1))
+  assert shares(model, None) == [slice(0, 3)]
+  monkeypatch.setattr(parallel, "ALONE_FLOP", 1)
+  alone = [slice(0, 1), slice(1, 2), slice(2, 3)]
+  assert shares(model, None) == (alone if jax.default_backend() == "cpu" else [slice(0, 3)])
+  assert shares(Unknown(), None) == [slice(0, 3)]  # cannot be counted
+  mesh = jax.make_mesh((1,), (parallel.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+  assert shares(model, mesh) == [slice(0, 3)]

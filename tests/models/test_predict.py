@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ptq_jax import models, trees
-from ptq_jax.models import predict
+from ptq_jax.models import parallel, predict
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,16 @@ def test_batch_size_changes_nothing_and_compiles_once(setup):
   np.testing.assert_array_equal(whole, parts)
   assert shapes == [(3, 2, 11, 3), (3, 2, 4, 3)]
   assert set(np.unique(whole)) <= {0.0, 1.0}
+
+
+def test_models_one_by_one_or_together(setup, monkeypatch):
+  model, one, images, labels = setup
+  run = predict.predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  together = run(trees.stack(one), images, labels, batch_size=4)
+  monkeypatch.setattr(parallel, "ALONE_FLOP", 0)
+  np.testing.assert_allclose(
+    run(trees.stack(one), images, labels, batch_size=4), together, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_batch_size_must_be_positive(setup):
