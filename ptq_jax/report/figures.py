@@ -148,7 +148,8 @@ def privacy_utility(
   Lines run from full precision (star) through the bit widths, widest first; bars are the
   intervals of both axes. Where the last layer was swept, its usual precision is drawn
   (`records.main_rows`). In the panel of matched shadows, faint marks repeat what the attacker with
-  full-precision shadows sees.
+  full-precision shadows sees. Variants with less than half of full precision's accuracy would
+  squeeze the others together; a footnote names them instead.
 
   Raises:
     ValueError: if no TPR was recorded at the FPR.
@@ -156,6 +157,7 @@ def privacy_utility(
   rows = records_lib.side_by_side(records, attack=attack)
   fpr = _checked_fpr(records, attack, fpr)
   full, quantized = _split(records_lib.main_rows(rows))
+  quantized, broken = _usable(quantized, full)
   attackers = [name for name in records_lib.ATTACKERS if any(getattr(r, name) for r in quantized)]
   attackers = attackers or ["full_precision"]
   methods = list(dict.fromkeys(row.variant.method for row in quantized))
@@ -179,7 +181,7 @@ def privacy_utility(
     if len(attackers) > 1:
       handles.append(_ghost_handle())
     handles.append(_line(MUTED, "chance", linestyle=":", linewidth=1))
-    _legend(figure, handles, note=_weak_note(rows, fpr))
+    _legend(figure, handles, note=_notes(_weak_note(rows, fpr), _broken_note(broken)))
   return figure
 
 
@@ -189,7 +191,7 @@ def last_layer(
   """Accuracy and TPR against the precision of the last layer, all other weights kept alike.
 
   A column of panels per bit width that was swept, a line per method and attacker; the thin line is
-  the full-precision model.
+  the full-precision model. Variants are left out as in `privacy_utility`.
 
   Raises:
     ValueError: if nothing was swept, or no TPR was recorded at the FPR.
@@ -200,6 +202,12 @@ def last_layer(
     raise ValueError("no (method, levels) has more than one last_layer_levels; nothing to draw.")
   fpr = _checked_fpr(records, attack, fpr)
   full, _ = _split(rows)
+  swept, broken = _usable([row for group in sweeps.values() for row in group], full)
+  sweeps = {
+    key: [row for row in group if row in swept]
+    for key, group in sweeps.items()
+    if any(row in swept for row in group)
+  }
   levels = sorted({n for _, n in sweeps}, key=lambda n: -(n or math.inf))
   methods = list(dict.fromkeys(method for method, _ in sweeps))
   with matplotlib.rc_context(_STYLE):
@@ -221,10 +229,9 @@ def last_layer(
     panels[0, 0].set_ylabel("test accuracy, %")
     panels[1, 0].set_ylabel(_rate_label(rows, fpr))
     handles = _method_handles(methods)
-    swept = [row for group in sweeps.values() for row in group]
     handles += _attacker_handles(swept, marker="o")
     handles += [_line(INK, "full precision", linewidth=1)] if full else []
-    _legend(figure, handles, note=_weak_note(rows, fpr))
+    _legend(figure, handles, note=_notes(_weak_note(rows, fpr), _broken_note(broken)))
   return figure
 
 
@@ -601,6 +608,15 @@ def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
   return full, [row for row in rows if row.variant.method != "none"]
 
 
+def _usable(rows: Sequence[Row], full: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+  """Rows to draw, and those with less than half of full precision's accuracy, if others remain."""
+  best = max((v for row in full if (v := _value(_accuracy(row))) is not None), default=0.0)
+  accuracies = [_value(_accuracy(row)) for row in rows]
+  broken = [r for r, v in zip(rows, accuracies, strict=True) if v is not None and v < best / 2]
+  kept = [row for row in rows if row not in broken]
+  return (kept, broken) if kept else (list(rows), [])
+
+
 def _levels(rows: Sequence[Row]) -> list[int | None]:
   return sorted({row.variant.levels for row in rows}, key=lambda n: -(n or math.inf))
 
@@ -634,6 +650,24 @@ def _weak_note(rows: Sequence[Row], fpr: float) -> str:
   if not _is_weak(rows, fpr):
     return ""
   return f"† some rest on fewer than {records_lib.FEW_FALSE_POSITIVES} false positives"
+
+
+def _broken_note(rows: Sequence[Row]) -> str:
+  """Names the methods and bit widths that `_usable` left out."""
+  widths: dict[str, list[int | None]] = {}
+  for row in rows:
+    known = widths.setdefault(row.variant.method, [])
+    if row.variant.levels not in known:
+      known.append(row.variant.levels)
+  named = [
+    f"{_literal(records_lib.method_name(method))} at {' and '.join(map(_width_words, levels))}"
+    for method, levels in widths.items()
+  ]
+  return f"not drawn, less than half as accurate: {', '.join(named)}" if named else ""
+
+
+def _notes(*notes: str) -> str:
+  return "\n".join(note for note in notes if note)
 
 
 def _attacker_words(attacker: str) -> str:

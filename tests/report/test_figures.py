@@ -106,6 +106,28 @@ def test_wide_errors_are_spaced_by_their_logarithm(example):
   assert (one - ten) / (ten - fifty) == pytest.approx(math.log(10) / math.log(5))
 
 
+def test_variants_that_hardly_classify_are_named_instead_of_drawn(example):
+  found = [
+    example.leakage(accuracy=0.9),
+    example.leakage("obc", 4, 4, accuracy=0.8),
+    example.leakage("obc", 3, 3, accuracy=0.5),
+    example.leakage("nearest", 4, 4, accuracy=0.44),
+    example.leakage("nearest", 3, 3, accuracy=0.2),
+  ]
+  figure = figures.privacy_utility(found)
+  assert (
+    figure.legends[0]
+    .get_title()
+    .get_text()
+    .endswith("not drawn, less than half as accurate: Nearest at 2 bit and 1.58 bit")
+  )
+  labels = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert "OBC" in labels
+  assert "Nearest" not in labels
+  only_broken = figures.privacy_utility([found[0], found[-1]])
+  assert "not drawn" not in only_broken.legends[0].get_title().get_text()
+
+
 def test_an_unrecorded_fpr_is_refused(example):
   with pytest.raises(ValueError, match=r"no TPR was recorded at fpr 0.05; recorded are \[0.1, "):
     figures.privacy_utility([example.leakage()], fpr=0.05)
