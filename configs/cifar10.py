@@ -18,8 +18,8 @@ protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each
   2.9 % at 1.58 bit. The table is in README.md.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
   compilation. The numbers mean nothing.
-Times of fast and paper are computed, not measured; bash launch/run sweep --dry_run --config ... --sweep seed=0 counts
-the operations of any config.
+Times of fast and paper are computed, not measured; bash launch/run sweep --dry_run --config ...
+--sweep seed=0 counts the operations of any config.
 
 The paper's numbers, LiRA online, AUC / TPR at 0.1% FPR of one target (about +-10 % relative), after
 100 epochs (--config.train.epochs=100): full precision .723/.070; 2 bit: AdaRound .719/.077, BRECQ
