@@ -98,13 +98,15 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
     "size_kb": own["size_kb"].mean(),
     "test_accuracy": accuracy._asdict(),
   }
-  found, main = [], audit.config.attack.attacks[0]
+  found, samples, main = [], {}, audit.config.attack.attacks[0]
   attackers = {"full_precision": full} if is_full else {"full_precision": full, "matched": own}
   for attacker, shadows in attackers.items():
     scores, pools = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
     for number, (name, rows) in enumerate(scores.items()):
       key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
       for group, examples in audited_groups(audit, own, every=name == main).items():
+        about = {"attacker": attacker, "attack": name, "members": group}
+        sampled = sample(audit.config.attack, key, rows, examples)
         summary = summarise(
           audit.config.attack,
           key,
@@ -112,11 +114,28 @@ def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
           examples.members,
           audited=examples.audited,
           shadows=pools.get(name) if group == "all" else None,
+          sampled=sampled,
         )
-        about = {"attacker": attacker, "attack": name, "members": group}
+        if attacker == "matched":
+          summary["minus_full_precision_shadows"] = leakage.compare(
+            key, sampled, samples[name, group], confidence=audit.config.attack.confidence
+          )
+        samples[name, group] = sampled
         found.append(records.make("leakage", **about, **common, **summary))
   found += [] if is_full else unit_records(audit, variant)
   return Attacked(found, scores[main])
+
+
+def sample(options, key, scores, examples: leakage.Audit) -> leakage.Sample:
+  """What the intervals of one attack rest on; `options` as in `summarise`."""
+  return leakage.sample(
+    key,
+    scores,
+    examples.members,
+    fprs=tuple(options.fprs),
+    audited=examples.audited,
+    num_resamples=options.resamples,
+  )
 
 
 def summarise(options, key, scores, members, **more) -> dict:

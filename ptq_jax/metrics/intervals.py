@@ -21,6 +21,9 @@ BLOCK_ELEMENTS = 2**25
 """Examples x resamples drawn at once, one byte each."""
 
 
+OVER_BOTH = "bootstrap over examples and models"
+
+
 class Interval(NamedTuple):
   """A number and where it may lie."""
 
@@ -302,13 +305,40 @@ def over_both(
   Args:
     values, resamples, confidence, trials: as `over_examples`.
   """
-  num_resamples, num_targets = np.shape(resamples)
-  if num_targets == 1:
+  if np.shape(resamples)[1] == 1:
     return over_examples(values, resamples, confidence=confidence, trials=trials)
-  drawn = np.asarray(jax.random.randint(key, (num_resamples, num_targets), 0, num_targets))
-  means = np.take_along_axis(np.asarray(resamples), drawn, axis=1).mean(axis=1)
-  name = "bootstrap over examples and models"
-  return _percentiles(np.mean(values), means, confidence, trials, name)
+  means = _means_of_drawn_targets(key, resamples)
+  return _percentiles(np.mean(values), means, confidence, trials, OVER_BOTH)
+
+
+def of_difference(
+  key: Key,
+  values: Float[ArrayLike, "T"],
+  resamples: Float[ArrayLike, "R T"],
+  reference: Float[ArrayLike, "T"],
+  reference_resamples: Float[ArrayLike, "R T"],
+  *,
+  confidence: float = 0.95,
+) -> Interval:
+  """A metric of one attack minus that of another on the same targets and examples, in [-1, 1].
+
+  Paired: each resample draws the same examples and targets for both, so what makes an example or a
+  target easy for either attack cancels. Both `resample` calls must have had the same key.
+  """
+  change = np.asarray(resamples) - np.asarray(reference_resamples)
+  value = np.mean(values) - np.mean(reference)
+  if change.shape[1] == 1:
+    means, name = change[:, 0], "paired bootstrap over examples"
+  else:
+    means, name = _means_of_drawn_targets(key, change), f"paired {OVER_BOTH}"
+  return _percentiles(value, means, confidence, None, name, lowest=-1.0)
+
+
+def _means_of_drawn_targets(key, resamples):
+  """[R, T] -> [R]: the mean over T targets drawn with replacement, others in each resample."""
+  num_targets = np.shape(resamples)[1]
+  drawn = np.asarray(jax.random.randint(key, np.shape(resamples), 0, num_targets))
+  return np.take_along_axis(np.asarray(resamples), drawn, axis=1).mean(axis=1)
 
 
 def binomial(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
@@ -325,13 +355,13 @@ def binomial(successes: int, trials: int, *, confidence: float = 0.95) -> Interv
   return Interval(successes / trials, float(test.low), float(test.high), name)
 
 
-def _percentiles(value, draws, confidence, trials, name):
+def _percentiles(value, draws, confidence, trials, name, lowest=0.0):
   value = float(value)
   if trials is not None and np.ptp(draws) == 0:
     return binomial(round(value * trials), trials, confidence=confidence)._replace(value=value)
   tail = (1 - confidence) / 2
   low, high = np.quantile(draws, [tail, 1 - tail]) + value - np.mean(draws)
-  return Interval(value, max(float(low), 0.0), min(float(high), 1.0), _named(name, confidence))
+  return Interval(value, max(float(low), lowest), min(float(high), 1.0), _named(name, confidence))
 
 
 def _named(name, confidence):

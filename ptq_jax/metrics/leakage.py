@@ -35,6 +35,70 @@ class Pool(NamedTuple):
   members: Bool[ArrayLike, "S E"]
 
 
+class Sample(NamedTuple):
+  """The metrics of an attack at its operating points, and their resamples."""
+
+  levels: list[intervals.Level]
+  values: intervals.Metrics
+  draws: intervals.Metrics
+
+
+def sample(
+  key: Key,
+  scores: Float[ArrayLike, "T E"],
+  members: Bool[ArrayLike, "T E"],
+  *,
+  fprs: Sequence[float] = FPRS,
+  rules: Sequence[roc.Rule] = ("at_most", "below"),
+  audited: Bool[ArrayLike, "T E"] | None = None,
+  num_resamples: int = 1000,
+) -> Sample:
+  """What `summarise` and `compare` rest on; arguments and errors as `summarise`."""
+  levels = [intervals.Level(fpr, rule) for rule in rules for fpr in fprs]
+  values = intervals.measure(scores, members, levels=levels, audited=audited)
+  draws = intervals.resample(
+    jax.random.split(key)[0],
+    scores,
+    members,
+    levels=levels,
+    audited=audited,
+    num_resamples=num_resamples,
+  )
+  return Sample(levels, values, draws)
+
+
+def compare(key: Key, one: Sample, reference: Sample, *, confidence: float = 0.95) -> dict:
+  """One attack minus another on the same targets and examples, with paired intervals.
+
+  Args:
+    key: that of both samples.
+    one, reference: of the same operating points.
+    confidence: of the intervals.
+  Returns:
+    {"auc": N, "tpr": [{"fpr", "rule", **N}]}, see the module's text.
+  """
+  target_key = jax.random.split(key)[1]
+
+  def number(value, draws, other, other_draws):
+    return intervals.of_difference(
+      target_key, value, draws, other, other_draws, confidence=confidence
+    )._asdict()
+
+  return {
+    "auc": number(one.values.auc, one.draws.auc, reference.values.auc, reference.draws.auc),
+    "tpr": [
+      level._asdict()
+      | number(
+        one.values.tpr[:, i],
+        one.draws.tpr[..., i],
+        reference.values.tpr[:, i],
+        reference.draws.tpr[..., i],
+      )
+      for i, level in enumerate(one.levels)
+    ],
+  }
+
+
 def summarise(
   key: Key,
   scores: Float[ArrayLike, "T E"],
@@ -47,6 +111,7 @@ def summarise(
   shadows: Pool | None = None,
   num_resamples: int = 1000,
   confidence: float = 0.95,
+  sampled: Sample | None = None,
 ) -> dict:
   """Everything that tables and figures need about one attack.
 
@@ -65,6 +130,8 @@ def summarise(
       on the other targets, which takes two.
     num_resamples: bootstrap resamples.
     confidence: of the intervals.
+    sampled: `sample` of the same arguments, if it is at hand; `fprs`, `rules` and `num_resamples`
+      are then those it was made with.
   Returns:
     {"num_targets", "num_members", "num_non_members" (per target, the fewest of all targets),
      "auc": N, "balanced_accuracy": N,
@@ -80,15 +147,16 @@ def summarise(
   """
   scores, members = np.asarray(scores), np.asarray(members).astype(bool)
   audited = np.ones_like(members) if audited is None else np.asarray(audited)
-  levels = [intervals.Level(fpr, rule) for rule in rules for fpr in fprs]
-  measured = {"levels": levels, "audited": audited}
-  resample_key, target_key = jax.random.split(key)
-  values = intervals.measure(scores, members, **measured)
-  draws = intervals.resample(resample_key, scores, members, num_resamples=num_resamples, **measured)
+  if sampled is None:
+    sampled = sample(
+      key, scores, members, fprs=fprs, rules=rules, audited=audited, num_resamples=num_resamples
+    )
+  levels, values, draws = sampled
+  target_key = jax.random.split(key)[1]
   curves = [
     roc.curve(row[keep], m[keep]) for row, m, keep in zip(scores, members, audited, strict=True)
   ]
-  transfers = transferred(scores, members, shadows=shadows, **measured)
+  transfers = transferred(scores, members, levels=levels, audited=audited, shadows=shadows)
   num_members = int((members & audited).sum(axis=1).min())
 
   def number(value, draw, trials=None):

@@ -23,7 +23,8 @@ def summarize(
 ) -> Findings:
   """The main findings in words, computed from the records.
 
-  A difference whose two intervals overlap is said to be within the intervals, not a finding.
+  A difference that may be 0 (its own interval holds it, or, where only the two numbers have
+  intervals, these overlap) is said to be within the intervals, not a finding.
 
   Args:
     records: any records.
@@ -149,7 +150,7 @@ def _protection_point(full: Row | None, quantized: Sequence[Row], fpr: float) ->
 
 def _underestimate_point(quantized: Sequence[Row], fpr: float) -> list[str]:
   """By how much full-precision shadows underestimate, at most and how often."""
-  gaps = [(_tpr_difference(row.matched, row.full_precision, fpr), row) for row in quantized]
+  gaps = [(records_lib.underestimate(row, fpr), row) for row in quantized]
   gaps = [(gap, row) for gap, row in gaps if gap is not None]
   if not gaps:
     return []
@@ -162,13 +163,18 @@ def _underestimate_point(quantized: Sequence[Row], fpr: float) -> list[str]:
     f" {records_lib.describe(row.variant)}: it finds {seen} of members where matched shadows find"
     f" {found}"
   )
-  known = [g for g, _ in gaps if g.overlap is not None]
-  clear = [g for g in known if not g.overlap and g.value > 0]
   if gap.overlap:
     sentence += "; that difference is within the intervals"
+  known = [g for g, _ in gaps if g.overlap is not None]
+  clear = [g for g in known if not g.overlap]
+  counts = {
+    "more": sum(g.value > 0 for g in clear),
+    "fewer": sum(g.value < 0 for g in clear),
+  }
   if clear:
-    sentence += f". Matched shadows find more beyond the intervals in {len(clear)} of {len(known)}"
-    sentence += " quantized variants"
+    found = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
+    sentence += f". Matched shadows find {found} of {len(known)} quantized variants"
+    sentence += " beyond the intervals"
   elif len(known) > 1:
     sentence += ", and so is every other"
   return [f"{sentence}."]

@@ -78,7 +78,8 @@ GLOSSARY = (
   ),
   (
     "Intervals",
-    "If the intervals of two numbers overlap, this audit does not tell them apart.",
+    "If the intervals of two numbers overlap, this audit does not tell them apart. Of the two"
+    " attackers on one variant the difference has an interval of its own.",
   ),
 )
 """Terms and their meaning, in the order they are read."""

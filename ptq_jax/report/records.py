@@ -402,6 +402,21 @@ def difference(number: Record | None, reference: Record | None) -> Difference | 
   return Difference(value - base, low <= reference_high and reference_low <= high)
 
 
+def underestimate(row: Row, fpr: float, rule: str = "at_most") -> Difference | None:
+  """What an attacker misses who does not quantize its shadows: TPR with matched shadows minus TPR
+  with full-precision ones; `overlap` says whether it may be 0.
+
+  That goes by the interval of the paired difference where one was recorded, else by whether the
+  intervals of the two rates overlap.
+  """
+  seen = difference(tpr_at(row.matched, fpr, rule), tpr_at(row.full_precision, fpr, rule))
+  paired = tpr_at((row.matched or {}).get("minus_full_precision_shadows"), fpr, rule)
+  low, high = bounds_of(paired)
+  if seen is None or low is None or high is None:
+    return seen
+  return seen._replace(overlap=low <= 0 <= high)
+
+
 def value_of(number: Record | None) -> float | None:
   """The value of a number with interval; None if missing or not finite."""
   return None if number is None else _finite(number.get("value"))

@@ -29,7 +29,7 @@ MARKS = {"false_positives": "†", "non_members": "‡"}
 """Footnote mark of a rate by its `records.weakness`."""
 
 OVERLAP = "≈"
-"""Footnote mark of a difference whose two intervals overlap."""
+"""Footnote mark of a difference that may be 0."""
 
 
 class Column(NamedTuple):
@@ -301,12 +301,10 @@ def _result_row(row: Row, fprs: Sequence[float], rule: str, headline: float | No
 
 
 def _underestimate(row: Row, fpr: float | None, rule: str) -> Cell:
-  """Matched minus full-precision TPR in percentage points, marked where intervals overlap."""
+  """Matched minus full-precision TPR in percentage points, marked where it may be 0."""
   if fpr is None:
     return Cell(MISSING)
-  gap = records_lib.difference(
-    records_lib.tpr_at(row.matched, fpr, rule), records_lib.tpr_at(row.full_precision, fpr, rule)
-  )
+  gap = records_lib.underestimate(row, fpr, rule)
   if gap is None:
     return Cell(MISSING)
   text = f"{100 * gap.value:+.{rate_decimals(fpr)}f}"
@@ -402,7 +400,7 @@ def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | Non
     notes.append(
       f"Underestimate: TPR at {percent_words(fpr)} FPR with matched shadows minus with"
       " full-precision shadows, in percentage points: what an attacker who does not quantize its"
-      f" shadows misses. {OVERLAP} the two intervals overlap."
+      f" shadows misses. {OVERLAP} may be 0: the interval of the difference holds it."
     )
   return notes + _mark_notes(cells)
 

@@ -94,6 +94,14 @@ def test_writes_everything_it_promises(finished):
   assert variants == {("none", None, None), ("nearest", 3, 3), ("obc", 3, 3)}
   attackers = {r["attacker"] for r in records.select(found, "leakage", method="obc")}
   assert attackers == {"full_precision", "matched"}
+  by_attacker = {
+    r["attacker"]: r
+    for r in records.select(found, "leakage", method="obc", attack="lira_online", members="all")
+  }
+  gap = by_attacker["matched"]["minus_full_precision_shadows"]["auc"]
+  values = [by_attacker[name]["auc"]["value"] for name in ("matched", "full_precision")]
+  assert gap["value"] == pytest.approx(values[0] - values[1])
+  assert gap["low"] <= gap["value"] <= gap["high"]
 
 
 def test_running_again_does_nothing_and_prints_the_same_table(finished):

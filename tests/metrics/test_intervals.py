@@ -181,3 +181,38 @@ def test_bad_input_is_named(key):
     intervals.resample(key, scores, np.ones_like(members), levels=())
   with pytest.raises(ValueError, match="fpr is 0"):
     intervals.resample(key, scores, members, levels=[intervals.Level(0.0)])
+
+
+def test_paired_intervals_of_a_difference_cover_it_and_are_narrower(key):
+  """Two attacks that share most of their noise: pairing tells them apart where overlap cannot."""
+  rng = np.random.default_rng(7)
+  covered, apart, trials = 0, 0, 60
+  for trial in range(trials):
+    base, members = draw(rng, 6, 400, 0.6)
+    better = base + 0.25 * members + 0.1 * rng.normal(size=base.shape)
+    k = jax.random.fold_in(key, trial)
+    resample_key, target_key = jax.random.split(k)
+    measured = [
+      (
+        intervals.measure(scores, members, levels=LEVELS).auc,
+        intervals.resample(resample_key, scores, members, levels=LEVELS, num_resamples=200).auc,
+      )
+      for scores in (better, base)
+    ]
+    found = intervals.of_difference(target_key, *measured[0], *measured[1])
+    alone = [intervals.over_both(target_key, *pair) for pair in measured]
+    assert found.value == pytest.approx(alone[0].value - alone[1].value)
+    assert found.high - found.low < 0.5 * sum(i.high - i.low for i in alone)
+    truth = stats.norm.cdf(0.85 / np.sqrt(2 + 0.01)) - stats.norm.cdf(0.6 / np.sqrt(2))
+    covered += found.low <= truth <= found.high
+    apart += found.low > 0
+  assert covered >= 0.8 * trials
+  assert apart >= 0.95 * trials
+  assert found.interval == "paired bootstrap over examples and models, 95 %"
+
+
+def test_a_difference_may_be_negative_and_of_one_target(key):
+  values, draws = np.array([0.2]), np.full((50, 1), 0.2)
+  found = intervals.of_difference(key, values, draws, values + 0.3, draws + 0.3)
+  assert found[:3] == pytest.approx((-0.3, -0.3, -0.3))
+  assert found.interval == "paired bootstrap over examples, 95 %"

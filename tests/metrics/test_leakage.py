@@ -65,6 +65,24 @@ def naive_transfer(scores, members, t, fpr, rule, pool):
   return accepted[members[t]].mean(), accepted[~members[t]].mean()
 
 
+def test_a_comparison_is_of_the_same_examples_and_targets(audit, record):
+  """An attack does not differ from itself; from another by the difference of the two records."""
+  scores, members = audit
+  key = jax.random.key(0)
+  worse = scores - 0.5 * members
+  one, other = (leakage.sample(key, rows, members, num_resamples=200) for rows in (scores, worse))
+  same = leakage.compare(key, one, one)
+  assert {same["auc"][part] for part in ("value", "low", "high")} == {0.0}
+  found = leakage.compare(key, one, other)
+  worse_record = leakage.summarise(key, worse, members, sampled=other)
+  gap = record["auc"]["value"] - worse_record["auc"]["value"]
+  assert found["auc"]["value"] == pytest.approx(gap)
+  assert 0 < found["auc"]["low"] < gap < found["auc"]["high"]
+  levels = [(p["fpr"], p["rule"]) for p in record["tpr"]]
+  assert [(p["fpr"], p["rule"]) for p in found["tpr"]] == levels
+  assert leakage.summarise(key, scores, members, sampled=one) == record
+
+
 @pytest.mark.parametrize("rule", ["at_most", "below"])
 def test_thresholds_are_set_on_other_models(audit, rule):
   scores, members = np.round(audit[0], 1), audit[1]

@@ -33,8 +33,8 @@ def test_a_clear_drop_is_a_finding(example):
     "1 of 1 quantized variants leaks less than full precision beyond the intervals; the widest of"
     " them is OBC at 1.58 bit.",
     "An attacker who does not quantize its shadows underestimates leakage most for OBC at 1.58 bit:"
-    " it finds 2.0% of members where matched shadows find 5.0%. Matched shadows find more beyond"
-    " the intervals in 1 of 1 quantized variants.",
+    " it finds 2.0% of members where matched shadows find 5.0%. Matched shadows find more in 1 of 1"
+    " quantized variants beyond the intervals.",
   ]
 
 

@@ -197,3 +197,27 @@ def test_difference_knows_whether_intervals_overlap():
   assert records.difference(number(0.5), number(0.25)) == records.Difference(0.25, None)
   assert records.difference(number(None), number(0.25)) is None
   assert records.difference(None, number(0.25)) is None
+
+
+def test_underestimate_goes_by_the_paired_difference_where_there_is_one(example):
+  """Two rates whose intervals overlap can still differ for certain."""
+
+  def gap(**fields):
+    rates = [
+      {"fpr": 0.01, "rule": "at_most", "value": value, "low": value - 0.02, "high": value + 0.02}
+      for value in (0.05, 0.06)
+    ]
+    variant = ("obc", 3, 3)
+    found = [
+      example.leakage(*variant, "full_precision", tpr=rates[:1]),
+      example.leakage(*variant, "matched", tpr=rates[1:], **fields),
+    ]
+    return records.underestimate(records.side_by_side(found)[0], 0.01)
+
+  def paired(low, high):
+    rate = {"fpr": 0.01, "rule": "at_most", "value": 0.01, "low": low, "high": high}
+    return {"minus_full_precision_shadows": {"auc": rate, "tpr": [rate]}}
+
+  assert gap() == (pytest.approx(0.01), True)
+  assert gap(**paired(0.004, 0.016)) == (pytest.approx(0.01), False)
+  assert gap(**paired(-0.004, 0.016)) == (pytest.approx(0.01), True)
