@@ -57,6 +57,8 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
     mine = [variant for variant in variants if variant.method == method]
     options = audit.method_options(method)
     size = options.pop("calibration_size")
+    if options.get("batchnorm") == "all":
+      options["batchnorm_images"] = drawn_images(audit, chunk, "batchnorm", "all", size)[1][sound]
     quantized, info = quantize_stacked(
       method, keys, audit.model, variables, images[:, :size], plans=audit.plans(mine), **options
     )
@@ -75,9 +77,21 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
 
 def calibration(audit: Audit, chunk: Chunk) -> tuple[np.ndarray, jax.Array]:
   """Positions int[m, n] and normalised images float[m, n, H, W, c] that calibrate each model."""
+  quantize = audit.config.quantize
+  return drawn_images(audit, chunk, "calibration", quantize.calibrate_on, quantize.calibration_size)
+
+
+def drawn_images(
+  audit: Audit, chunk: Chunk, stream: str, whom: str, count: int
+) -> tuple[np.ndarray, jax.Array]:
+  """Images for each model of a chunk, drawn from its "members", its "non_members", or "all".
+
+  Returns:
+    Positions in the pool int[m, count], and the images augmented and normalised.
+  """
   quantize, data = audit.config.quantize, audit.dataset
   rows = audit.members[chunk.group][chunk.first : chunk.last]
-  eligible = rows if quantize.calibrate_on == "members" else ~rows
+  eligible = {"members": rows, "non_members": ~rows, "all": np.ones_like(rows)}[whom]
   augmentation = augment.make(tuple(quantize.calibration_augmentation))
   mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
 
@@ -85,13 +99,13 @@ def calibration(audit: Audit, chunk: Chunk) -> tuple[np.ndarray, jax.Array]:
   def draw(key, row, images):
     choose, alter = jax.random.split(key)
     order = jax.random.permutation(choose, len(row))
-    first = jnp.argsort(~row[order], stable=True)[: quantize.calibration_size]
+    first = jnp.argsort(~row[order], stable=True)[:count]
     positions = order[first]
-    keys = jax.random.split(alter, quantize.calibration_size)
+    keys = jax.random.split(alter, count)
     chosen = jax.vmap(augmentation)(keys, images[positions])
     return positions, augment.normalise(chosen, mean, std)
 
-  key, images = group_key(audit, chunk, "calibration"), jnp.asarray(data.train_images)
+  key, images = group_key(audit, chunk, stream), jnp.asarray(data.train_images)
   drawn = [
     draw(jax.random.fold_in(key, number), jnp.asarray(row), images)
     for number, row in zip(chunk.ids, eligible, strict=True)

@@ -189,7 +189,7 @@ class Audit:
   def key(self, stream: str) -> jax.Array:
     """The key of one stream of randomness of this audit."""
     streams = ("membership", "shadows", "target_membership", "targets", "queries", "calibration",
-               "quantize", "bootstrap")  # fmt: skip
+               "quantize", "bootstrap", "batchnorm")  # fmt: skip
     return jax.random.fold_in(jax.random.key(self.config.seed), streams.index(stream))
 
   @functools.cached_property

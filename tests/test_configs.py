@@ -108,7 +108,7 @@ def test_the_paper_s_protocol(name):
   for schedule in (adaround.MINI_BATCH, brecq.PAPER):
     assert (schedule.warmup, schedule.beta_start, schedule.beta_end) == (0.2, 20, 2)
     assert schedule.decay_rates == (0.9, 0.999)
-  assert options["obc"] == {"damping": 0.0, "batchnorm": "members", "calibration_size": 2048}
+  assert options["obc"] == {"damping": 0.0, "batchnorm": "all", "calibration_size": 2048}
   assert {"lira_online", "lira_online_reference", "lira_offline_density"} <= set(
     config.attack.attacks
   )

@@ -95,7 +95,8 @@ def quantize_stacked(
     plans: levels per layer path, see `plan.make`.
     damping: see `hessian.inverse`.
     batchnorm: "members" replaces the running statistics of the quantized networks by those of
-      `batchnorm_images` (`batchnorm.estimate`), "none" keeps them.
+      `batchnorm_images` (`batchnorm.estimate`), "none" keeps them. "all" does as "members" and says
+      that the images are not members only, as in the paper's code: they must then be given.
     batchnorm_images: each model's own; None: the calibration images.
     block_size: see `quantize_matrix`.
     grid_options: for `grid.fit`.
@@ -107,9 +108,11 @@ def quantize_stacked(
   Raises:
     ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options.
   """
-  if batchnorm not in ("members", "none"):
-    raise ValueError(f'batchnorm must be "members" or "none", got {batchnorm!r}.')
+  if batchnorm not in ("members", "all", "none"):
+    raise ValueError(f'batchnorm must be "members", "all" or "none", got {batchnorm!r}.')
   if batchnorm_images is None:
+    if batchnorm == "all":
+      raise ValueError('batchnorm="all" needs batchnorm_images, drawn from members and others.')
     batchnorm_images = images
   elif len(batchnorm_images) != len(images) or not np.shape(batchnorm_images)[1]:
     raise ValueError(
@@ -125,7 +128,7 @@ def quantize_stacked(
     grid_options=grid_options,
     memory_bytes=memory_bytes,
   )
-  if batchnorm == "members":
+  if batchnorm != "none":
     changed = [any(count is not None for count in chosen.values()) for chosen in plans]
     quantized = batchnorms.estimate_stacked(
       keys, model, quantized, batchnorm_images, changed=changed

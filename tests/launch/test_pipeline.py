@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch import train_shadows, workdir
+from launch import quantize, train_shadows, workdir
 from ptq_jax import settings, storage
 from ptq_jax.report import records
 
@@ -121,6 +121,22 @@ def test_stages_alone_in_other_chunks_give_the_same(finished, tmp_path):
     for w in (finished[0], tmp_path)
   )
   np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_images_are_drawn_from_whom_they_should_be(finished):
+  directory, _ = finished
+  config = settings.load(str(ROOT / TINY[0].partition("=")[2]))
+  for argument in TINY[1:]:
+    key, _, text = argument.removeprefix("--config.").partition("=")
+    config.update_from_flattened_dict({key: parse(text)})
+  audit = workdir.Audit(config, directory)
+  chunk = audit.own_chunks()[0]
+  rows = audit.members[chunk.group][chunk.first : chunk.last]
+  for whom, count, share in (("members", 10, 1), ("non_members", 10, 0), ("all", 60, 0.5)):
+    positions, images = quantize.drawn_images(audit, chunk, "calibration", whom, count)
+    assert images.shape == (len(chunk), count, *audit.dataset.image_shape)
+    assert all(len(set(row)) == count for row in positions.tolist())
+    assert np.take_along_axis(rows, positions, axis=1).mean() == share
 
 
 def kill_when(found, process):

@@ -363,6 +363,10 @@ def test_batchnorm_is_estimated_only_where_weights_changed(stacked):
   kept, _ = obc.quantize_stacked(keys, **options, batchnorm="none")
   changed, _ = obc.quantize_stacked(keys, **options)
   others, _ = obc.quantize_stacked(keys, **options, batchnorm_images=images[:, :10] + 1)
+  as_all, _ = obc.quantize_stacked(
+    keys, **options, batchnorm="all", batchnorm_images=images[:, :10] + 1
+  )
+  jax.tree.map(np.testing.assert_array_equal, as_all, others)
   old = variables["batch_stats"]["bn"]["mean"]
   none, default, given = (
     np.asarray(tree["batch_stats"]["bn"]["mean"]) for tree in (kept, changed, others)
@@ -378,7 +382,9 @@ def test_bad_options(stacked):
   model, variables, images, plans = stacked
   keys = jax.random.split(jax.random.key(1), 2)
   options = {"model": model, "variables": variables, "images": images, "plans": plans}
-  with pytest.raises(ValueError, match='batchnorm must be "members" or "none"'):
+  with pytest.raises(ValueError, match='batchnorm must be "members", "all" or "none"'):
+    obc.quantize_stacked(keys, **options, batchnorm="some")
+  with pytest.raises(ValueError, match='batchnorm="all" needs batchnorm_images'):
     obc.quantize_stacked(keys, **options, batchnorm="all")
   with pytest.raises(ValueError, match=r"batchnorm_images must be \[2, n >= 1"):
     obc.quantize_stacked(keys, **options, batchnorm_images=images[:, :0])
