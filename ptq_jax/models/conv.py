@@ -106,23 +106,29 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
   return "unrolled" if flop > (2e7 if platform == "cpu" else 5e8) else "patches"
 
 
+EIGEN = {
+  "xla_cpu_experimental_ynn_fusion_type": ",".join(
+    f"LIBRARY_FUSION_TYPE_{kind}"
+    for kind in ("REDUCE", "INDIVIDUAL_DOT")  # no INDIVIDUAL_CONVOLUTION
+  )
+}
+"""Leaves convolutions on a CPU to Eigen, which is 1.3 to 2.3 times as fast as YNNPACK, XLA's choice
+in JAX 0.10 (BUILD_NOTES.md)."""
+
+
 @functools.cache
 def compiler_options() -> dict[str, str] | None:
   """What `jax.jit` should tell XLA about a program that spends its time in convolutions.
 
-  On a CPU: to leave them to Eigen, which is 1.3 to 2.3 times as fast as YNNPACK, XLA's choice in
-  JAX 0.10 (BUILD_NOTES.md). None elsewhere, and where XLA does not know the option.
+  `EIGEN` on a CPU; None elsewhere, and where XLA does not know the option.
   """
-  kept = ("REDUCE", "INDIVIDUAL_DOT")  # without INDIVIDUAL_CONVOLUTION
-  kinds = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kept)
-  options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
   if jax.default_backend() != "cpu":
     return None
   try:
-    jax.jit(lambda x: x, compiler_options=options).lower(jnp.zeros(())).compile()
+    jax.jit(lambda x: x, compiler_options=EIGEN).lower(jnp.zeros(())).compile()
   except jax.errors.JaxRuntimeError:
     return None
-  return options
+  return EIGEN
 
 
 def jit(function: Callable, **options) -> Callable:

@@ -22,13 +22,24 @@ class BatchNorm(nn.BatchNorm):
   def __call__(
     self, x: Float[ArrayLike, "... C"], use_running_average: bool | None = None
   ) -> Float[Array, "... C"]:
-    """Normalises by the batch's statistics, which join the running ones, or by the running ones."""
+    """Normalises by the batch's statistics, which join the running ones, or by the running ones.
+
+    Raises:
+      ValueError: for another axis, or statistics over several devices; `nn.BatchNorm` has them.
+    """
+    if self.axis not in (-1, x.ndim - 1) or self.axis_name is not None:
+      raise ValueError(
+        "norm.BatchNorm takes no axis but the last and no axis_name; use nn.BatchNorm."
+      )
     running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
     shape, axes = (x.shape[-1],), tuple(range(x.ndim - 1))
     old_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     old_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-    scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-    bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+    scale, bias = 1.0, 0.0
+    if self.use_scale:
+      scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+    if self.use_bias:
+      bias = self.param("bias", self.bias_init, shape, self.param_dtype)
     if running:
       mean, var = old_mean.value, old_var.value
     else:

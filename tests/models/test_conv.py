@@ -130,3 +130,19 @@ def test_lowering_depends_on_platform_and_size():
   images, kernel = arrays(1)
   with pytest.raises(ValueError, match="lowering is 'fast'; choose one of unrolled"):
     conv.conv_general_dilated(images, kernel, (1, 1), "SAME", lowering="fast")
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+  known = conv.compiler_options.__wrapped__()
+  assert known == (conv.EIGEN if jax.default_backend() == "cpu" else None)
+  monkeypatch.setattr(conv, "EIGEN", {"xla_there_is_no_such_option": "1"})
+  assert conv.compiler_options.__wrapped__() is None
+
+
+def test_jit_compiles_once_and_keeps_static_and_donated_arguments():
+  double = functools.partial(conv.jit, static_argnums=0, donate_argnums=1)(lambda n, x: n * x)
+  x = jnp.ones(3)
+  np.testing.assert_array_equal(double(2, x), [2, 2, 2])
+  np.testing.assert_array_equal(double(2, jnp.ones(3)), [2, 2, 2])
+  assert x.is_deleted()
+  assert double.jitted()._cache_size() == 1

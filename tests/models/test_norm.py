@@ -70,3 +70,17 @@ def test_a_constant_channel_stays_finite():
   variables = module.init(jax.random.key(0), x, use_running_average=True)
   out, _ = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
   np.testing.assert_allclose(out, 0, atol=1e-2)
+
+
+def test_other_options_of_flax_are_honoured_or_refused(setup):
+  _, _, variables, x = setup
+  bare = {"batch_stats": variables["batch_stats"]}
+  options = {"use_scale": False, "use_bias": False, "epsilon": 0.1}
+  found, expected = (
+    module(**options).apply(bare, x, use_running_average=True)
+    for module in (norm.BatchNorm, nn.BatchNorm)
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  for options in ({"axis": 1}, {"axis_name": "devices"}):
+    with pytest.raises(ValueError, match="no axis but the last"):
+      norm.BatchNorm(**options).apply(variables, x, use_running_average=True)
