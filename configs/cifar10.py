@@ -39,19 +39,14 @@ shadows are quantized too, for the attacker who does so.
 from ptq_jax import settings
 
 
-def get_config(arg="", *, data="cifar10"):
-  """The settings that differ from `settings.audit_defaults`; --help lists all.
-
-  Args:
-    arg: "protocol=fast|paper|small|smoke".
-    data: a name of TensorFlow Datasets, for the other studies of the paper.
-  """
+def get_config(arg=""):
+  """The settings that differ from `settings.audit_defaults`; --help lists all."""
   protocol = settings.parse_arg(arg, {"protocol": "fast"})["protocol"]
   if protocol not in PROTOCOLS:
     raise ValueError(f"protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
   config = settings.audit_defaults()
-  config.name = f"{data} {protocol}"
-  config.data.name = data
+  config.name = f"cifar10 {protocol}"
+  config.data.name = "cifar10"
   for section, key in (
     (config.train, "augmentation"),
     (config.queries, "augmentation"),

@@ -21,14 +21,102 @@ The paper's last layer has 256 levels here at every bit width.
 configs/cifar10.py says which quirks of the paper's code protocol=paper has and which it has not.
 """
 
-from configs import cifar10
+from ptq_jax import settings
 
 
 def get_config(arg=""):
-  """What `configs/cifar10.py` says, of other data, with 256 levels in the last layer throughout."""
-  config = cifar10.get_config(arg, data="tiny_imagenet")
-  lasts = config.quantize.last_layer_levels
-  config.quantize.last_layer_levels = tuple(256 if last == "usual" else last for last in lasts)
-  if config.model.name == "resnet8":  # the small protocols
-    config.data.image_size = 32
+  """The settings that differ from `settings.audit_defaults`; --help lists all."""
+  protocol = settings.parse_arg(arg, {"protocol": "fast"})["protocol"]
+  if protocol not in PROTOCOLS:
+    raise ValueError(f"protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
+  config = settings.audit_defaults()
+  config.name = f"tiny_imagenet {protocol}"
+  config.data.name = "tiny_imagenet"
+  for section, key in (
+    (config.train, "augmentation"),
+    (config.queries, "augmentation"),
+    (config.quantize, "calibration_augmentation"),
+  ):
+    section[key] = ("flip", "crop4")
+  PROTOCOLS[protocol](config)
   return config
+
+
+def fast(config):
+  """A seventh of the paper's training for each model, and leave-one-out instead of 10 targets.
+
+  Batches of 256, though larger ones are usual in fast recipes: a chunk of models fills the
+  accelerator anyway, and steps are what a short training lacks (BUILD_NOTES.md).
+  """
+  config.model = dict(name="resnet18", dtype="bfloat16")
+  config.train.models = 16
+  config.train.epochs = 24
+  config.train.batch_size = 256
+  config.train.learning_rate = 0.2
+  config.train.nesterov = True
+  config.train.schedule = "triangular"
+  config.quantize.last_layer_levels = ("same", 256)
+  config.quantize.calibration_size = 1024
+  # With 14 shadows a variance per example is a coarse guess; the pooled one is steady.
+  lira = ("lira_online_pooled", "lira_online", "lira_offline_pooled")
+  config.attack.attacks = (*lira, "rmia_online", "loss_threshold")
+
+
+def paper(config):
+  """The paper's protocol; values that are defaults anyway stand here too, for it is a protocol."""
+  config.model = dict(name="resnet18", dtype="float32")
+  config.train.models = 64
+  config.train.targets = 10
+  config.train.epochs = 160
+  config.train.batch_size = 128
+  config.train.learning_rate = 0.1
+  config.train.momentum = 0.9
+  config.train.nesterov = False
+  config.train.weight_decay = 5e-4
+  config.train.schedule = "cosine"
+  config.train.label_smoothing = 0.0
+  config.queries.views = 2
+  config.quantize.methods = ("adaround", "brecq", "obc")
+  config.quantize.levels = (3, 4, 16)
+  config.quantize.last_layer_levels = (256,)
+  config.quantize.calibration_size = 2048
+  config.quantize.calibrate_on = "members"
+  common = dict(batch_size=32, warmup=0.2, beta_start=20.0, beta_end=2.0, decay_rates=(0.9, 0.999))
+  config.quantize.adaround = dict(
+    calibration_size=1024,
+    form="mini_batch",
+    stop="never",
+    mini_batch=dict(num_steps=20_000, learning_rate=1e-3, weight=1e-3, **common),
+    grid_options=dict(include_zero=False),
+  )
+  config.quantize.brecq = dict(
+    calibration_size=1024,
+    loss="mse",  # in the BRECQ paper "fisher"
+    stop="never",
+    schedule=dict(num_steps=20_000, learning_rate=1e-3, weight=0.01, **common),
+    grid_options=dict(include_zero=False),
+  )
+  config.quantize.obc = dict(calibration_size=2048, damping=0.0, batchnorm="all")
+  lira = ("lira_online", "lira_online_reference")
+  lira += ("lira_offline_density", "lira_offline_density_reference")
+  config.attack.attacks = (*lira, "loss_threshold")
+
+
+def smoke(config):
+  """Every stage on next to nothing."""
+  config.data.pool_size = 200
+  config.data.test_size = 100
+  config.data.image_size = 32
+  config.model = dict(name="resnet8", width=4, dtype="float32")
+  config.train.models = 6
+  config.train.models_per_chunk = 6
+  config.train.epochs = 4
+  config.train.batch_size = 25
+  config.quantize.levels = (3, 16)
+  config.quantize.last_layer_levels = (256,)
+  config.quantize.calibration_size = 32
+  config.attack.fprs = (0.1, 0.01)
+  config.attack.resamples = 100
+
+
+PROTOCOLS = {"fast": fast, "paper": paper, "smoke": smoke}
