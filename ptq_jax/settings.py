@@ -240,7 +240,8 @@ def use_compilation_cache(directory: str | None) -> None:
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "ptq_jax", "jax"))
   if directory:
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    # Small programs too: there are hundreds, and to read one takes a fraction of compiling it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def plain(config: Any) -> Any:
