@@ -11,6 +11,7 @@ from types import MappingProxyType
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ptq_jax.base import ArrayLike, Keys, Shaped, Variables
 from ptq_jax.models import parallel
@@ -43,7 +44,7 @@ def quantize_stacked(
     devices: None: all of this process. A single one gets the call as it is.
     **options: of the method's `quantize_stacked`.
   Returns:
-    Variables [P, M, ...] and one record per layer or unit with arrays [P, M], on the first device.
+    Variables [P, M, ...], on the first device, and one record per layer or unit with arrays [P, M].
   """
   shared = {name: options.pop(name) for name in PER_MODEL if options.get(name) is not None}
 
@@ -56,13 +57,15 @@ def quantize_stacked(
     return parts[0]
   variables, records = zip(*parts, strict=True)
   first = jax.tree.leaves(variables[0])[0].device
-  joined = jax.tree.map(_join_models, *jax.device_put(variables, first))
-  return joined, [
-    Record(each[0].name, *jax.tree.map(_join_models, *(record[1:] for record in each)))
+  together = jax.tree.map(
+    lambda *leaves: jnp.concatenate(leaves, axis=1), *jax.device_put(variables, first)
+  )
+  return together, [
+    Record(each[0].name, *jax.tree.map(_on_host, *(record[1:] for record in each)))
     for each in zip(*records, strict=True)
   ]
 
 
-def _join_models(*leaves):
-  """Leaves [P, m, ...] of some models each as one [P, M, ...]."""
-  return jnp.concatenate([jnp.asarray(leaf) for leaf in leaves], axis=1)
+def _on_host(*leaves):
+  """Leaves [P, m, ...] of some models each, on any devices, as one [P, M, ...]."""
+  return np.concatenate([np.asarray(leaf) for leaf in leaves], axis=1)
