@@ -98,22 +98,17 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
     groups: of the convolution itself.
   Returns:
     One of `LOWERINGS`. On a CPU measured (`launch/bench.py conv`, BUILD_NOTES.md): unrolled wins,
-    but for small ones, where patches also compile sooner. On an accelerator not measured yet:
+    but for the smallest, where patches also compile sooner. On an accelerator not measured yet:
     unrolled where one model fills the chip, else patches.
   """
   if num_models == 1 or groups > 1:
     return "unrolled"
-  return "unrolled" if flop > (2e7 if platform == "cpu" else 5e8) else "patches"
+  return "unrolled" if flop > (2e6 if platform == "cpu" else 5e8) else "patches"
 
 
-EIGEN = {
-  "xla_cpu_experimental_ynn_fusion_type": ",".join(
-    f"LIBRARY_FUSION_TYPE_{kind}"
-    for kind in ("REDUCE", "INDIVIDUAL_DOT")  # no INDIVIDUAL_CONVOLUTION
-  )
-}
-"""Leaves convolutions on a CPU to Eigen, which is 1.3 to 2.3 times as fast as YNNPACK, XLA's choice
-in JAX 0.10 (BUILD_NOTES.md)."""
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+"""Leaves convolutions and products on a CPU to Eigen, which is 1.3 to 2.3 times as fast as YNNPACK,
+XLA's choice in JAX 0.10 (BUILD_NOTES.md)."""
 
 
 @functools.cache
