@@ -46,7 +46,9 @@ def device_memory_bytes() -> int:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def shares(model: nn.Module, mesh: Mesh | None, *, num_models: int, batch_shape: Sequence[int]):
+def shares(
+  model: nn.Module, mesh: Mesh | None, *, num_models: int, batch_shape: Sequence[int]
+) -> list[slice]:
   """Which of the stacked models should run at once, as slices: all, but on a CPU one by one.
 
   There, models with enough work for all cores gain nothing from company; alone they compile sooner
