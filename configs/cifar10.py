@@ -105,6 +105,7 @@ def paper(config):
   config.quantize.brecq = dict(
     calibration_size=1024,
     loss="mse",  # in the BRECQ paper "fisher"
+    form="mini_batch",
     stop="never",
     schedule=dict(num_steps=20_000, learning_rate=1e-3, weight=0.01, **common),
     grid_options=dict(include_zero=False),

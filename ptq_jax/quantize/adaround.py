@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import ArrayLike, Key, Keys, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import conv
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, plan, quadratic, reconstruct, walk
@@ -38,6 +38,13 @@ MINI_BATCH = Schedule(num_steps=20_000, learning_rate=1e-3, weight=1e-3, batch_s
 SECOND_MOMENT = Schedule(num_steps=400, learning_rate=0.2, weight=0.01, decay_rates=(0.8, 0.9))
 """Found by measurement: hard-rounded, its error is no higher than that of `MINI_BATCH`. There is no
 noise in the objective, so long memories in Adam only slow it down (BUILD_NOTES.md)."""
+
+SWEEPS = 10
+"""Most passes of `quadratic.polish` after the second-moment form."""
+
+Solve = Callable[..., tuple[Array, np.ndarray, np.ndarray, np.ndarray]]
+"""Of (site, layer, kernels, grids, active): kernels, errors before and after, and steps of the
+active branches."""
 
 
 def quantize_params(
@@ -79,7 +86,7 @@ def quantize_stacked(
   stop: str = "plateau",
   second_moment: Schedule = SECOND_MOMENT,
   mini_batch: Schedule = MINI_BATCH,
-  sweeps: int = 10,
+  sweeps: int = SWEEPS,
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
 ) -> tuple[Variables, list[Record]]:
@@ -123,10 +130,10 @@ def quantize_stacked(
     outcomes = []
     for layer in site.unit.layers:
       if forms[layer.path] == "second_moment":
-        solve = functools.partial(_by_moments, schedule=second_moment, stop=stop, sweeps=sweeps)
+        solve = by_moments(schedule=second_moment, stop=stop, sweeps=sweeps)
       else:
         solve = functools.partial(_by_mini_batches, schedule=mini_batch, stop=stop)
-      outcomes.append(_quantize_layer(site, layer, solve, fit_options))
+      outcomes.append(quantize_layer(site, layer, solve, fit_options))
     return outcomes
 
   return walk.quantize_stacked(
@@ -154,8 +161,15 @@ def choose_form(
   return "second_moment" if full <= partial else "mini_batch"
 
 
-def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outcome:
-  """Quantizes one layer of every branch whose plans ask for it."""
+def quantize_layer(
+  site: walk.Site, layer: Layer, solve: Solve, options: Mapping[str, Any]
+) -> walk.Outcome:
+  """Quantizes one layer of every branch whose plans ask for it.
+
+  Args:
+    solve: `by_moments(...)`, or another way to round a layer.
+    options: for `grid.fit`.
+  """
   start = time.perf_counter()
   kernels, grids, levels = walk.fit_grids(site, layer, options)
   active = np.flatnonzero(levels)
@@ -170,8 +184,12 @@ def _quantize_layer(site: walk.Site, layer: Layer, solve, options) -> walk.Outco
   return walk.Outcome(layer.path, before, after, steps, kept, time.perf_counter() - start)
 
 
+def by_moments(*, schedule: Schedule = SECOND_MOMENT, stop: str, sweeps: int = SWEEPS) -> Solve:
+  """The second-moment form, for `quantize_layer`."""
+  return functools.partial(_by_moments, schedule=schedule, stop=stop, sweeps=sweeps)
+
+
 def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
-  """The second-moment form: kernels, errors before and after, steps, of the active branches."""
   sums = walk.stack([_layer_moments(site, layer, int(index)) for index in active])
   shape = dataclasses.replace(layer, path="")  # layers of equal shape share a compilation
   found, solution = _solve(shape, schedule, stop, sweeps, kernels, grids, sums)
@@ -256,7 +274,7 @@ class LayerRun(NamedTuple):
 
 
 def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
-  """The mini-batch form: kernels, errors before and after, steps, of the active branches."""
+  """The mini-batch form, for `quantize_layer`."""
   inputs, targets = [], []
   for index in active:
     model_index = site.models[index]

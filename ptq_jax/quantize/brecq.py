@@ -5,6 +5,10 @@ unit along the chain that a zoo model names (stem, blocks, head), with shortcut 
 inside the unit; its inputs come from the network quantized so far, its targets are the
 full-precision outputs on full-precision inputs. All layers of a unit are learned jointly by the
 loop in `reconstruct`. Activations stay in full precision.
+
+A unit that is one layer with nothing after it (the classifier of a ResNet) is a layer as AdaRound
+sees it: its objective is quadratic, and the second-moment form of `adaround` solves it better than
+steps on mini-batches.
 """
 
 import functools
@@ -22,7 +26,7 @@ from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import conv, fold_batchnorm, units
 from ptq_jax.models.units import Unit
-from ptq_jax.quantize import capture, plan, reconstruct, walk
+from ptq_jax.quantize import adaround, capture, plan, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.plan import Levels, Plan, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
@@ -66,6 +70,7 @@ def quantize_stacked(
   plans: Sequence[Plan],
   loss: str = "mse",
   labels: Shaped[ArrayLike, "M n"] | None = None,
+  form: str = "auto",
   stop: str = "plateau",
   schedule: Schedule = SCHEDULE,
   grid_options: Mapping[str, Any] | None = None,
@@ -82,6 +87,8 @@ def quantize_stacked(
     loss: "mse" weighs all outputs of a unit alike; "fisher" by the squared gradient of the
       full-precision network's cross-entropy with respect to them (section 3.3), scaled to mean 1.
     labels: of the images, for "fisher"; None: drawn from the network's own prediction.
+    form: "mini_batch", the paper's, steps on batches of images in every unit; "auto" takes
+      AdaRound's second-moment form where a unit allows it, the loss is "mse" and AdaRound would.
     stop, schedule: of `reconstruct.minimize`.
     grid_options, memory_bytes: as in `adaround.quantize_stacked`.
   Returns:
@@ -93,6 +100,8 @@ def quantize_stacked(
   """
   if loss not in ("mse", "fisher"):
     raise ValueError(f'loss must be "mse" or "fisher", got {loss!r}.')
+  if form not in ("auto", "mini_batch"):
+    raise ValueError(f'form must be "auto" or "mini_batch", got {form!r}.')
   reconstruct.check_stop(stop)
   if not units.has_units(model):
     raise ValueError(
@@ -104,7 +113,7 @@ def quantize_stacked(
     plan.check(chosen, layers)
   images = jnp.asarray(images)
   folded = jax.vmap(lambda v: fold_batchnorm.fold(model, v, images[0]))(variables)
-  options = _Options(loss, labels, schedule, stop, dict(grid_options or {}))
+  options = _Options(loss, labels, form, schedule, stop, dict(grid_options or {}))
   chain = units.chain(model, *trees.take((folded, images), 0))
   return walk.quantize_stacked(
     functools.partial(_quantize_unit, options=options),
@@ -123,6 +132,7 @@ class _Options(NamedTuple):
 
   loss: str
   labels: Array | None
+  form: str
   schedule: Schedule
   stop: str
   grid_options: dict[str, Any]
@@ -171,6 +181,14 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
   """Learns the roundings of one unit for every branch whose plans quantize anything in it."""
   if not site.unit.layers:
     return []
+  if _by_moments(site, options):
+    outcome = adaround.quantize_layer(
+      site,
+      site.unit.layers[0],
+      adaround.by_moments(stop=options.stop),
+      options.grid_options,
+    )
+    return [outcome._replace(name=site.unit.name)]
   start = time.perf_counter()
   fitted = {layer: walk.fit_grids(site, layer, options.grid_options) for layer in site.unit.layers}
   num = len(site.models)
@@ -201,6 +219,37 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
   }
   seconds = time.perf_counter() - start
   return [walk.Outcome(site.unit.name, before, after, steps, grids, seconds)]
+
+
+def _by_moments(site: walk.Site, options: _Options) -> bool:
+  """Whether a unit is left to AdaRound's second-moment form."""
+  if options.form != "auto" or options.loss != "mse" or len(site.unit.layers) > 1:
+    return False
+  inputs = site.quantized_inputs[0]
+  chosen = adaround.choose_form(
+    site.unit.layers[0], len(inputs), adaround.SECOND_MOMENT, adaround.MINI_BATCH
+  )
+  return chosen == "second_moment" and _is_layer(site.model, site.unit, site.quantized[0], inputs)
+
+
+def _is_layer(model: nn.Module, unit: Unit, variables: Variables, inputs: Array) -> bool:
+  """Whether a unit gives what its only layer gives, with nothing done to it after."""
+  given, same = [], []
+
+  def observe(next_function, args, kwargs, context):
+    outputs = next_function(*args, **kwargs)
+    if trees.SEPARATOR.join(context.module.path) == unit.layers[0].path:
+      given.append(outputs)
+    return outputs
+
+  def run(variables, inputs):
+    outputs = units.run(model, variables, inputs, unit.name)
+    same.append(outputs is given[-1])
+    return outputs
+
+  with nn.intercept_methods(observe):
+    jax.eval_shape(run, variables, inputs)
+  return same[-1]
 
 
 def _execution(unit: Unit, backend: str) -> tuple[str, int | None, int]:

@@ -123,9 +123,9 @@ def test_fisher_weights_reach_the_loop(residual, monkeypatch):
     brecq.quantize_params, jax.random.key(0), model, variables, images, levels=4
   )
   run(loss="mse")
-  assert seen == [None] * len(model.units())
+  assert seen == [None] * (len(model.units()) - 1)  # the head needs no loop
   _, info = run(loss="fisher", labels=jnp.arange(24)[None] % 5)
-  importance = seen[len(model.units())][0]
+  importance = seen[len(model.units()) - 1][0]
   np.testing.assert_allclose(importance.mean(), 1, rtol=1e-4)
   folded = fold_batchnorm.fold(model, variables, images)
   path = "params/stem/conv/kernel"
@@ -134,6 +134,35 @@ def test_fisher_weights_reach_the_loop(residual, monkeypatch):
   outputs, targets = (units.run(model, v, images, "stem") for v in (rounded, folded))
   error = np.mean(np.sum(importance * np.square(outputs - targets), axis=-1))
   np.testing.assert_allclose(info[0].error_before, error, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name,layerwise", [("stem", False), ("blocks_1", False), ("head", True)])
+def test_only_a_layer_with_nothing_after_it_is_left_to_adaround(residual, name, layerwise):
+  site = site_of(*residual, name)._replace(levels={"head/classifier": np.array([3])})
+  options = brecq._Options("mse", None, "auto", brecq.SCHEDULE, "plateau", {})
+  assert brecq._by_moments(site, options) == layerwise
+  assert not brecq._by_moments(site, options._replace(form="mini_batch"))
+  assert not brecq._by_moments(site, options._replace(loss="fisher"))
+
+
+def test_the_head_is_rounded_better_than_by_mini_batches(residual):
+  model, variables, images = residual
+  errors = {}
+  for form in ("auto", "mini_batch"):
+    _, info = brecq.quantize_params(
+      jax.random.key(0), model, variables, images, levels=3, form=form, schedule=QUICK
+    )
+    errors[form] = [float(record.error_after) for record in info]
+  assert [record.name for record in info] == model.units()
+  assert errors["auto"][:-1] == errors["mini_batch"][:-1]
+  assert errors["auto"][-1] < errors["mini_batch"][-1]
+
+
+def test_unknown_form(digits):
+  with pytest.raises(ValueError, match='form must be "auto" or "mini_batch", got \'x\''):
+    brecq.quantize_stacked(
+      digits.keys, digits.model, digits.variables, digits.images, plans=[], form="x"
+    )
 
 
 def test_how_units_run():
