@@ -7,6 +7,8 @@ accuracy, what happened to each unit) and WORKDIR/quantized/VARIANT/CHUNK.npz (i
 that was killed goes on with the first method of the first chunk that is not complete.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from launch.train_shadows import load_variables
 from launch.workdir import FULL_PRECISION, Audit, Chunk, is_sound, open_audit
 from ptq_jax import settings, storage, trees
 from ptq_jax.data import augment
+from ptq_jax.models import units
 from ptq_jax.quantize import pack, quantize_stacked
 from ptq_jax.report.records import Variant
 
@@ -62,17 +65,31 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], progress
     quantized, info = quantize_stacked(
       method, keys, audit.model, variables, images[:, :size], plans=audit.plans(mine), **options
     )
+    packed, more = {}, {}
     for index, variant in enumerate(mine):
       grids = {
         path: trees.take(grid, index) for record in info for path, grid in record.grids.items()
       }
-      packed = pack.pack(trees.take(quantized, index), grids)
-      pack.save(audit.quantized_path(variant, chunk), packed)
-      units_done = unit_arrays(info, index)
-      audit.save_scores(
-        variant, chunk, packed, sound=sound, calibration=ids[:, :size], **units_done
-      )
-      progress.advance(len(chunk), f"{chunk.name}, {method}")
+      packed[variant] = pack.pack(trees.take(quantized, index), grids)
+      pack.save(audit.quantized_path(variant, chunk), packed[variant])
+      more[variant] = {"calibration": ids[:, :size], **unit_arrays(info, index)}
+    for alike in same_body(audit, packed):
+      audit.save_scores(alike, chunk, sound=sound, more=more)
+      progress.advance(len(chunk) * len(alike), f"{chunk.name}, {method}")
+
+
+def same_body(audit: Audit, packed: dict[Variant, pack.Packed]) -> list[dict[Variant, pack.Packed]]:
+  """Variants grouped so that those of a group differ in the last unit only."""
+  groups: list[tuple[pack.Packed, dict[Variant, pack.Packed]]] = []
+  for variant, one in packed.items():
+    _, body = pack.split(one, functools.partial(units.in_last, audit.model))
+    for known, group in groups:
+      if pack.same(known, body):
+        group[variant] = one
+        break
+    else:
+      groups.append((body, {variant: one}))
+  return [group for _, group in groups]
 
 
 def calibration(audit: Audit, chunk: Chunk) -> tuple[np.ndarray, jax.Array]:

@@ -46,7 +46,7 @@ def train(audit: Audit) -> None:
           raise
         pending = [*halves(audit, chunk, progress), *pending]
         continue
-      audit.save_scores(FULL_PRECISION, chunk, pack.pack(variables, {}))
+      audit.save_scores({FULL_PRECISION: pack.pack(variables, {})}, chunk)
 
 
 def halves(audit: Audit, chunk: Chunk, progress: Progress) -> list[Chunk]:

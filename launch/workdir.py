@@ -16,7 +16,7 @@ import functools
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -313,31 +313,50 @@ class Audit:
       return augment.normalise(images[None], mean, std)
 
     return (
-      predict.predictor(self.model, prepare=views, reduce=confidence.logit_scaled),
-      predict.predictor(self.model, prepare=plain, reduce=predict.is_correct),
+      predict.Predictor(self.model, prepare=views, reduce=confidence.logit_scaled),
+      predict.Predictor(self.model, prepare=plain, reduce=predict.is_correct),
     )
 
   def save_scores(
-    self, variant: Variant, chunk: Chunk, packed: pack.Packed, *, sound=None, **more
+    self,
+    packed: Mapping[Variant, pack.Packed],
+    chunk: Chunk,
+    *,
+    sound=None,
+    more: Mapping[Variant, Mapping[str, np.ndarray]] | None = None,
   ) -> None:
     """Runs packed models over the pool's views and the test images, and writes what comes out.
 
-    `sound` says which models of the chunk the packed ones are; the scores of others are NaN.
+    Args:
+      packed: the models of the chunk in variants that differ in the last unit only.
+      sound: which models of the chunk the packed ones are; the scores of others are NaN.
+      more: arrays that go into the file of a variant as they are.
     """
-    attack_scores, correct = self._predictors
     data, batch_size = self.dataset, self.config.queries.batch_size
-    variables, size = pack.unpack(packed), pack.size(packed)
-    scores = attack_scores(variables, data.train_images, data.train_labels, batch_size=batch_size)
-    accuracy = correct(variables, data.test_images, data.test_labels, batch_size=batch_size)
-    sound = np.ones(len(chunk), bool) if sound is None else sound
-    storage.save_arrays(
-      self.scores_path(variant, chunk),
-      scores=spread(scores.astype(np.float32), sound),
-      accuracy=spread(accuracy.mean(axis=(1, 2)), sound),
-      bits_per_weight=np.full(len(chunk), size.bits_per_weight),
-      size_kb=np.full(len(chunk), size.total / sound.sum() / 1000),
-      **more,
+    parts = [
+      pack.split(one, functools.partial(units.in_last, self.model)) for one in packed.values()
+    ]
+    body, heads = pack.unpack(parts[0][1]), [pack.unpack(head) for head, _ in parts]
+    of_pool, of_test = (
+      run.with_heads(body, heads, images, labels, batch_size=batch_size)
+      for run, images, labels in zip(
+        self._predictors,
+        (data.train_images, data.test_images),
+        (data.train_labels, data.test_labels),
+        strict=True,
+      )
     )
+    sound = np.ones(len(chunk), bool) if sound is None else sound
+    for (variant, one), scores, correct in zip(packed.items(), of_pool, of_test, strict=True):
+      size = pack.size(one)
+      storage.save_arrays(
+        self.scores_path(variant, chunk),
+        scores=spread(scores.astype(np.float32), sound),
+        accuracy=spread(correct.mean(axis=(1, 2)), sound),
+        bits_per_weight=np.full(len(chunk), size.bits_per_weight),
+        size_kb=np.full(len(chunk), size.total / sound.sum() / 1000),
+        **(more or {}).get(variant, {}),
+      )
 
   def load_scores(self, variant: Variant, group: str) -> dict[str, np.ndarray]:
     """The sound models of a group in one variant, in the order of their numbers.

@@ -102,6 +102,7 @@ def test_the_paper_s_protocol(name):
   assert adaround.MINI_BATCH[:4] == (20_000, 1e-3, 1e-3, 32)
   assert options["brecq"] == grid | {
     "loss": "mse",
+    "form": "mini_batch",
     "stop": "never",
     "schedule": brecq.PAPER,
     "calibration_size": 1024,

@@ -3,10 +3,14 @@
 Logits of all models are too big to keep (64 models x 2 views x 100 000 examples x 200 classes are
 10 GB), so each batch of logits is reduced at once by a function that the caller passes in: to the
 score of an attack, or to correct or not.
+
+The last unit of a model that names its units is a program of its own, so models that differ in
+nothing else (the precision of the last layer) share the rest of the forward pass, and a model's
+numbers do not depend on who shares it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,7 +19,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Int, Shaped, UInt8, Variables
-from ptq_jax.models import conv, parallel
+from ptq_jax.models import conv, parallel, units
 
 Prepare = Callable[[jax.Array, jax.Array], jax.Array]
 """(images uint8 [n, H, W, c], their positions int [n]) -> pixels float [V, n, H, W, c]."""
@@ -24,33 +28,53 @@ Reduce = Callable[[jax.Array, jax.Array], jax.Array]
 """(logits [M, V, n, C], labels [M, V, n]) -> [M, V, n, ...]."""
 
 
-def predictor(
-  model: nn.Module, *, prepare: Prepare, reduce: Reduce
-) -> Callable[..., Shaped[np.ndarray, "M E V *rest"]]:
-  """A function that runs stacked models over data; make it once, it compiles once per batch shape.
+class Predictor:
+  """Runs stacked models over data; make it once, it compiles once per batch shape.
 
   Args:
     model: `model.apply(variables, pixels)` gives logits; runs in evaluation mode.
     prepare: makes the pixels of V views from bytes, the same for all models.
     reduce: what to keep of the logits.
-  Returns:
-    `predict(variables, images, labels, *, batch_size)`.
   """
 
-  @functools.partial(conv.jit, static_argnums=0)
-  def batch(mesh, *arguments):
-    return parallel.sharded(some_models, in_axes=(0, None, None, None), mesh=mesh)(*arguments)
+  def __init__(self, model: nn.Module, *, prepare: Prepare, reduce: Reduce):
+    self._model = model
+    *before, last = model.units() if units.has_units(model) else [units.WHOLE_MODEL]
+    axis = 0 if before else None  # without units before the last, all models share the pixels
 
-  def some_models(variables, images, labels, positions):
-    pixels = prepare(images, positions)
-    views, n = pixels.shape[:2]
-    flat = pixels.reshape(views * n, *pixels.shape[2:])
-    logits = jax.vmap(lambda one: model.apply(one, flat))(variables)
-    logits = logits.reshape(len(logits), views, n, -1)
-    reduced = reduce(logits, jnp.broadcast_to(labels, logits.shape[:-1]))
-    return jnp.swapaxes(reduced, 1, 2)
+    def features(variables, images, positions):
+      pixels = prepare(images, positions)
 
-  def predict(
+      def of_one(variables):
+        x = pixels.reshape(-1, *pixels.shape[2:])
+        for name in before:
+          x = units.run(model, variables, x, name)
+        return x.reshape(*pixels.shape[:2], *x.shape[1:])
+
+      return jax.vmap(of_one)(variables) if before else pixels
+
+    def reduced(variables, features, labels):
+      def of_one(variables, x):
+        logits = units.run(model, variables, x.reshape(-1, *x.shape[2:]), last)
+        return logits.reshape(*x.shape[:2], -1)
+
+      logits = jax.vmap(of_one, (0, axis))(variables, features)
+      kept = reduce(logits, jnp.broadcast_to(labels, logits.shape[:-1]))
+      return jnp.swapaxes(kept, 1, 2)
+
+    @functools.partial(conv.jit, static_argnums=0)
+    def run_body(mesh, *arguments):
+      used = mesh if before else None
+      return parallel.sharded(features, in_axes=(0, None, None), mesh=used)(*arguments)
+
+    @functools.partial(conv.jit, static_argnums=0)
+    def run_head(mesh, *arguments):
+      return parallel.sharded(reduced, in_axes=(0, axis, None), mesh=mesh)(*arguments)
+
+    self._run_body, self._run_head = run_body, run_head
+
+  def __call__(
+    self,
     variables: Variables,
     images: UInt8[ArrayLike, "E H W c"],
     labels: Int[ArrayLike, "E"],
@@ -64,33 +88,49 @@ def predictor(
     Raises:
       ValueError: for a batch size below 1.
     """
+    body, head = units.split(self._model, variables)
+    return self.with_heads(body, [head], images, labels, batch_size=batch_size)[0]
+
+  def with_heads(
+    self,
+    body: Variables,
+    heads: Sequence[Variables],
+    images: UInt8[ArrayLike, "E H W c"],
+    labels: Int[ArrayLike, "E"],
+    *,
+    batch_size: int,
+  ) -> list[Shaped[np.ndarray, "M E V *rest"]]:
+    """The same for stacked models that differ in their last unit only: the rest runs once.
+
+    Args:
+      body, heads: variables [M, ...], see `units.split`.
+    Returns:
+      Per head, what a call with body and head together gives, bit by bit.
+    """
     if batch_size < 1:
       raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-    num_examples = len(labels)
+    num_examples, num_models = len(labels), trees.length(heads[0])
     batch_size = min(batch_size, num_examples)
-    mesh = parallel.mesh_for(trees.length(variables))
-    variables = parallel.place(variables, mesh)
+    mesh = parallel.mesh_for(num_models)
+    body, heads = parallel.place((body, list(heads)), mesh)
     images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
     shares = parallel.shares(
-      model,
-      mesh,
-      num_models=trees.length(variables),
-      batch_shape=(batch_size, *images.shape[1:]),
+      self._model, mesh, num_models=num_models, batch_shape=(batch_size, *images.shape[1:])
     )
-    rows = []
+    rows = [[] for _ in heads]
     for share in shares:
-      some = variables if len(shares) == 1 else trees.take(variables, share)
-      parts = []
+      some = (body, heads) if len(shares) == 1 else trees.take((body, heads), share)
+      parts = [[] for _ in heads]
       for start in range(0, num_examples, batch_size):
         # The last batch starts earlier instead of being smaller: one shape, one compilation.
         first = min(start, num_examples - batch_size)
         positions = jnp.arange(first, first + batch_size)
-        part = batch(mesh, some, images[positions], labels[positions], positions)
-        parts.append(part[:, start - first :])
-      rows.append(np.concatenate([np.asarray(part) for part in parts], axis=1))
-    return np.concatenate(rows)
-
-  return predict
+        features = self._run_body(mesh, some[0], images[positions], positions)
+        for head, kept in zip(some[1], parts, strict=True):
+          kept.append(self._run_head(mesh, head, features, labels[positions])[:, start - first :])
+      for row, kept in zip(rows, parts, strict=True):
+        row.append(np.concatenate([np.asarray(part) for part in kept], axis=1))
+    return [np.concatenate(row) for row in rows]
 
 
 def is_correct(logits, labels):

@@ -122,6 +122,20 @@ def has_units(model: nn.Module) -> bool:
   return hasattr(model, "units") and hasattr(model, "run_unit")
 
 
+def in_last(model: nn.Module, path: str) -> bool:
+  """Whether a leaf of the variables is the last unit's; always, if the model names no units."""
+  return not has_units(model) or path.split(trees.SEPARATOR)[1] == model.units()[-1]
+
+
+def split(model: nn.Module, variables: Variables) -> tuple[Variables, Variables]:
+  """Variables of all units but the last, and of the last; see `in_last`."""
+  body, head = (
+    {path: leaf for path, leaf in trees.flatten(variables).items() if in_last(model, path) == last}
+    for last in (False, True)
+  )
+  return trees.unflatten(body), trees.unflatten(head)
+
+
 def run(model: nn.Module, variables: Variables, inputs: Array, name: str) -> Array:
   """Runs one unit of one model in evaluation mode: its input in, the next unit's input out."""
   if name == WHOLE_MODEL:

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -109,6 +109,23 @@ def unpack(packed: Packed) -> Variables:
   """The variables that were packed, bit by bit, as JAX arrays."""
   kernels = {path: _unpack_kernel(kernel) for path, kernel in packed.kernels.items()}
   return trees.unflatten(kernels | {path: jnp.asarray(leaf) for path, leaf in packed.rest.items()})
+
+
+def split(packed: Packed, belongs: Callable[[str], bool]) -> tuple[Packed, Packed]:
+  """The part of packed variables at paths of which `belongs` is true, and the rest."""
+
+  def part(wanted):
+    kernels = {path: k for path, k in packed.kernels.items() if belongs(path) == wanted}
+    rest = {path: leaf for path, leaf in packed.rest.items() if belongs(path) == wanted}
+    return Packed(kernels, rest)
+
+  return part(wanted=True), part(wanted=False)
+
+
+def same(first: Packed, second: Packed) -> bool:
+  """Whether two are equal, codes, grids and everything else, bit by bit."""
+  a, b = to_arrays(first), to_arrays(second)
+  return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
 def size(packed: Packed) -> Size:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from launch import quantize, train_shadows, workdir
+from launch.progress import Progress
 from ptq_jax import settings, storage
 from ptq_jax.report import records
 
@@ -123,13 +124,18 @@ def test_stages_alone_in_other_chunks_give_the_same(finished, tmp_path):
   np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_images_are_drawn_from_whom_they_should_be(finished):
-  directory, _ = finished
+def audit_in(directory, **quantize_options):
+  """The audit of `TINY` in a workdir, in this process."""
   config = settings.load(str(ROOT / TINY[0].partition("=")[2]))
   for argument in TINY[1:]:
     key, _, text = argument.removeprefix("--config.").partition("=")
     config.update_from_flattened_dict({key: parse(text)})
-  audit = workdir.Audit(config, directory)
+  config.quantize.update(quantize_options)
+  return workdir.Audit(config, directory)
+
+
+def test_images_are_drawn_from_whom_they_should_be(finished):
+  audit = audit_in(finished[0])
   chunk = audit.own_chunks()[0]
   rows = audit.members[chunk.group][chunk.first : chunk.last]
   for whom, count, share in (("members", 10, 1), ("non_members", 10, 0), ("all", 60, 0.5)):
@@ -232,6 +238,30 @@ def test_a_damaged_score_file_is_computed_again(finished, copied):
   assert done.returncode == 0, done.stderr
   assert "is corrupt; computing it anew" in done.stdout
   assert_same(finished[0], copied)
+
+
+def test_variants_of_other_last_layers_are_scored_together(finished, copied, monkeypatch):
+  audit = audit_in(
+    copied, methods=("nearest",), levels=(3, 4), last_layer_levels=("same", "usual", "full")
+  )
+  together, save = [], workdir.Audit.save_scores
+
+  def observe(audit, packed, *arguments, **options):
+    together.append([variant[1:] for variant in packed])
+    save(audit, packed, *arguments, **options)
+
+  monkeypatch.setattr(workdir.Audit, "save_scores", observe)
+  chunk = audit.own_chunks()[0]
+  quantize.quantize_chunk(audit, chunk, audit.variants(), Progress("quantize", 1))
+  assert together == [[(3, 3), (3, 256), (3, None)], [(4, 4), (4, None)]]
+  alone, in_company = (
+    storage.load_arrays(root / "scores" / "nearest-3-3" / f"{chunk.name}.npz")
+    for root in (finished[0], copied)
+  )
+  for name in ("scores", "accuracy", "size_kb", "calibration"):
+    np.testing.assert_array_equal(alone[name], in_company[name])
+  other = storage.load_arrays(copied / "scores" / "nearest-3-256" / f"{chunk.name}.npz")
+  assert not np.array_equal(other["scores"], alone["scores"])
 
 
 def test_a_diverged_model_is_left_out_with_its_partner_and_named(copied):

@@ -58,7 +58,7 @@ pixels = jnp.asarray(rng.normal(size=(3, 12, 6, 6, 1)).cumsum(2).cumsum(3), jnp.
 keys = jax.random.split(jax.random.key(0), 3)
 variables = jax.jit(jax.vmap(lambda key: model.init(key, pixels[0])))(keys)
 
-run = predict.predictor(
+run = predict.Predictor(
   model, prepare=lambda x, _: x[None] / 255, reduce=lambda logits, labels: logits
 )
 together = run(variables, images, np.zeros(12, int), batch_size=5)  # on three of four devices

@@ -1,10 +1,11 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ptq_jax import models, trees
-from ptq_jax.models import parallel, predict
+from ptq_jax.models import parallel, predict, units
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def two_views(images, positions):
 
 def test_equals_one_model_one_view_at_a_time(setup):
   model, one, images, labels = setup
-  run = predict.predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  run = predict.Predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
   found = run(trees.stack(one), images, labels, batch_size=4)
   assert found.shape == (3, 11, 2, 3)
   for m, variables in enumerate(one):
@@ -43,7 +44,7 @@ def test_batch_size_changes_nothing_and_compiles_once(setup):
     shapes.append(logits.shape)
     return predict.is_correct(logits, labels)
 
-  run = predict.predictor(model, prepare=two_views, reduce=correct)
+  run = predict.Predictor(model, prepare=two_views, reduce=correct)
   whole = run(trees.stack(one), images, labels, batch_size=100)
   parts = run(trees.stack(one), images, labels, batch_size=4)
   np.testing.assert_array_equal(whole, parts)
@@ -53,7 +54,7 @@ def test_batch_size_changes_nothing_and_compiles_once(setup):
 
 def test_models_one_by_one_or_together(setup, monkeypatch):
   model, one, images, labels = setup
-  run = predict.predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  run = predict.Predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
   together = run(trees.stack(one), images, labels, batch_size=4)
   monkeypatch.setattr(parallel, "ALONE_FLOP", 0)
   np.testing.assert_allclose(
@@ -61,8 +62,44 @@ def test_models_one_by_one_or_together(setup, monkeypatch):
   )
 
 
+def test_heads_share_the_rest(setup, monkeypatch):
+  model, one, images, labels = setup
+  run = predict.Predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  stacked = trees.stack(one)
+  body, head = units.split(model, stacked)
+  assert set(body["params"]) == {"stem", "blocks_0", "blocks_1"}
+  assert set(head["params"]) == {"head"}
+  heads = [head, jax.tree.map(lambda leaf: leaf + 1, head)]
+  times, once = [], run._run_body
+  monkeypatch.setattr(run, "_run_body", lambda *args: times.append(1) or once(*args))
+  found = run.with_heads(body, heads, images, labels, batch_size=4)
+  assert len(times) == 3
+  for one_head, logits in zip(heads, found, strict=True):
+    whole = {name: body[name] | one_head.get(name, {}) for name in body}
+    np.testing.assert_array_equal(logits, run(whole, images, labels, batch_size=4))
+  assert not np.array_equal(*found)
+
+
+def test_a_model_without_units():
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      return nn.Dense(3)(images.reshape(len(images), -1))
+
+  model, images = Plain(), np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
+  one = [model.init(jax.random.key(i), jnp.zeros((1, 4, 4, 1))) for i in range(2)]
+  assert units.split(model, one[0]) == ({}, one[0])
+  run = predict.Predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  found = run(trees.stack(one), images, np.zeros(5, int), batch_size=3)
+  for m, variables in enumerate(one):
+    for v, pixels in enumerate(two_views(images, jnp.arange(5))):
+      np.testing.assert_allclose(
+        found[m, :, v], model.apply(variables, pixels), rtol=1e-4, atol=1e-5
+      )
+
+
 def test_batch_size_must_be_positive(setup):
   model, one, images, labels = setup
-  run = predict.predictor(model, prepare=two_views, reduce=predict.is_correct)
+  run = predict.Predictor(model, prepare=two_views, reduce=predict.is_correct)
   with pytest.raises(ValueError, match="batch_size is 0"):
     run(trees.stack(one), images, labels, batch_size=0)

@@ -93,6 +93,22 @@ def test_files_give_back_the_exact_variables(tmp_path, levels, include_zero, mod
   assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.npz"]
 
 
+def test_parts_and_equality():
+  variables, grids = model(4)
+  packed = pack.pack(variables, grids)
+  conv, rest = pack.split(packed, lambda path: "conv" in path)
+  assert (list(conv.kernels), list(conv.rest)) == (["params/conv/kernel"], ["params/conv/bias"])
+  assert not rest.kernels
+  together = trees.flatten(pack.unpack(conv)) | trees.flatten(pack.unpack(rest))
+  assert_same(trees.unflatten(together), variables)
+  assert pack.same(packed, pack.pack(variables, grids))
+  assert not pack.same(packed, conv)
+  for path in ("params/conv/kernel", "params/conv/bias", "batch_stats/bn/mean"):
+    leaf = trees.get(variables, path)
+    altered = jnp.roll(leaf, 1, axis=0) if path.endswith("kernel") else leaf + 1
+    assert not pack.same(packed, pack.pack(trees.replace(variables, {path: altered}), grids))
+
+
 def test_half_precision(tmp_path):
   variables, grids = model(256, dtype=jnp.bfloat16)
   pack.save(tmp_path / "model.npz", pack.pack(variables, grids))
