@@ -13,8 +13,8 @@ protocol=fast (default): 16 models, each the target of the others, in 24 epochs 
 protocol=paper: 64 shadows and 10 targets, 160 epochs, and 20 000 steps of AdaRound and BRECQ for
   every unit of every model. For several accelerators (--distributed): to train takes 1 EFLOP, an
   hour at 300 TFLOP/s.
-protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores, 34
-  minutes (measured): accuracy 59.1 %, AUC .844, TPR 5.8 % at 0.1 % FPR in full precision, 2.3 to
+protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores, 24
+  minutes (measured): accuracy 59.1 %, AUC .844, TPR 5.8 % at 0.1 % FPR in full precision, 2.1 to
   2.9 % at 1.58 bit. The table is in README.md.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
   compilation. The numbers mean nothing.
