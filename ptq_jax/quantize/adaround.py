@@ -289,7 +289,7 @@ def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
   keys = walk.rows(site.keys, active)
   run = LayerRun(layer)
   alphas, steps = reconstruct.minimize(run, problems, keys, schedule=schedule, stop=stop)
-  at_once = capture.images_at_once([layer], memory_bytes=capture.BATCH_BYTES // len(active))
+  at_once = capture.images_at_once([layer], memory_bytes=capture.batch_bytes() // len(active))
   kernels, before, after = reconstruct.finish(run, problems, alphas, batch_size=at_once)
   return kernels[layer.path], before, after, steps
 

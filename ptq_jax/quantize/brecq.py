@@ -205,7 +205,7 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
       stop=options.stop,
       steps_per_call=steps_per_call,
     )
-    memory_bytes = capture.BATCH_BYTES // len(active)
+    memory_bytes = capture.batch_bytes() // len(active)
     kernels, before[active], after[active] = reconstruct.finish(
       run,
       problems,

@@ -19,14 +19,13 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, PyTree, Shaped, Variables
-from ptq_jax.models import conv, units
+from ptq_jax.models import conv, parallel, units
 from ptq_jax.models.units import Layer
 
 COLLECTION = "captured"
 """Name of the Flax collection that carries layer inputs and outputs out of the forward pass."""
 
-BATCH_BYTES = 2**26
-"""What the patches of one batch may take, when nothing else is asked for: 64 MiB."""
+CPU_BATCH_BYTES = 2**26
 
 
 class Call(NamedTuple):
@@ -92,7 +91,7 @@ def stream(
   Args:
     function: pure, of a layer and its inputs [n, ...]; returns any pytree of arrays.
     variables: of one model.
-    batch_size: images at once; None lets the patches of the largest layer fill `BATCH_BYTES`.
+    batch_size: images at once; None lets the patches of the largest layer fill `batch_bytes()`.
   Yields:
     dict from layer path to the function's result.
   """
@@ -101,25 +100,23 @@ def stream(
     yield _reduced_calls(function, Hashable(model), tuple(layers), variables, batch)
 
 
-def sums(
-  function: Callable[[Layer, Array], PyTree],
-  model: nn.Module,
-  variables: Variables,
-  images: Shaped[ArrayLike, "n ..."],
-  layers: Sequence[Layer],
-  *,
-  batch_size: int | None = None,
-) -> dict[str, Any]:
-  """`stream`, added up over the batches in float64 on the host: NumPy arrays per layer path."""
-  totals: dict[str, Any] = {}
-  for part in stream(function, model, variables, images, layers, batch_size=batch_size):
-    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part)
-    totals = jax.tree.map(np.add, totals, wide) if totals else wide
-  return totals
+def batch_bytes() -> int:
+  """What the patches of one batch may take, when nothing else is asked for.
+
+  64 MiB on a CPU, to stay near its caches; elsewhere a 64th of the memory, to fill the chip.
+  """
+  if jax.default_backend() == "cpu":
+    return CPU_BATCH_BYTES
+  return max(CPU_BATCH_BYTES, parallel.device_memory_bytes() // 64)
 
 
-def images_at_once(layers: Sequence[Layer], *, memory_bytes: int = BATCH_BYTES) -> int:
-  """How many images may run at once so that the patches of the largest layer fit the bytes."""
+def images_at_once(layers: Sequence[Layer], *, memory_bytes: int | None = None) -> int:
+  """How many images may run at once so that the patches of the largest layer fit the bytes.
+
+  Args:
+    memory_bytes: None: `batch_bytes()`.
+  """
+  memory_bytes = batch_bytes() if memory_bytes is None else memory_bytes
   return max(1, memory_bytes // (4 * max(map(patch_size, layers))))
 
 

@@ -52,7 +52,7 @@ def from_inputs(
   padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
   kernel_dilation: int | Sequence[int] | None = None,
   feature_group_count: int = 1,
-  memory_bytes: int = capture.BATCH_BYTES,
+  memory_bytes: int | None = None,
 ) -> Float[Array, "D D"] | Float[Array, "groups D D"]:
   """2/n times the sum of x x^T over the patches x of n images.
 
@@ -61,7 +61,7 @@ def from_inputs(
     kernel_shape: of the Flax kernel: [*window, I / groups, O], or [I, O].
     strides, padding, kernel_dilation: of the convolution, as `flax.linen.Conv` takes them; a dense
       layer ignores them.
-    memory_bytes: what the patches of one batch may take.
+    memory_bytes: what the patches of one batch may take; None: `capture.batch_bytes()`.
   Returns:
     [D, D], or one matrix per group, [groups, D, D], if the convolution is grouped. Accumulated in
     float64, rounded once to JAX's default float.

@@ -1,5 +1,7 @@
 """Layer inputs and outputs of any model, in batches, and the checks before them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from ptq_jax import trees
-from ptq_jax.models import units
+from ptq_jax.models import parallel, units
 from ptq_jax.quantize import capture
 
 
@@ -79,14 +81,20 @@ def test_an_early_layer_costs_no_whole_forward_pass(digits):
   assert flops(layers[1].path) < 0.5 * flops(layers[-1].path)
 
 
+def summed(*arguments, **options):
+  """What `capture.stream` yields, added up."""
+  return functools.reduce(
+    functools.partial(jax.tree.map, jnp.add), capture.stream(gram, *arguments, **options)
+  )
+
+
 def test_sums_do_not_depend_on_the_batches(foreign):
   model, variables, images, layers = parts(foreign)
-  whole = capture.sums(gram, model, variables, images, layers)
-  some = capture.sums(gram, model, variables, images, layers[1:3], batch_size=7)
+  whole = summed(model, variables, images, layers)
+  some = summed(model, variables, images, layers[1:3], batch_size=7)
   calls = capture.calls(model, variables, images, [layer.path for layer in layers])
   assert list(some) == ["grouped", "pointwise"]
   for layer in layers[1:3]:
-    assert whole[layer.path].dtype == np.float64
     direct = gram(layer, calls[layer.path].inputs)
     np.testing.assert_allclose(whole[layer.path], direct, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(some[layer.path], direct, rtol=1e-4, atol=1e-4)
@@ -107,7 +115,7 @@ def test_a_model_with_a_list_for_a_field_can_be_captured():
   for model in (Widths([5, 2]), Widths([5, 2])):
     variables = model.init(jax.random.key(0), images)
     layers = units.layers(model, variables, images)
-    totals.append(capture.sums(gram, model, variables, images, layers)["Dense_0"])
+    totals.append(summed(model, variables, images, layers)["Dense_0"])
   np.testing.assert_array_equal(totals[0], np.full((1, 3, 3), 4.0))
   np.testing.assert_array_equal(*totals)
   assert capture.Hashable(Widths([5, 2])) == capture.Hashable(Widths([5, 2]))
@@ -122,6 +130,16 @@ def test_batches_are_even_and_fit_the_bytes():
   patch_bytes = 4 * 5 * 5 * 9 * 2 * 2
   assert capture.images_at_once([layer], memory_bytes=3 * patch_bytes) == 3
   assert capture.images_at_once([layer], memory_bytes=1) == 1
+  assert capture.images_at_once([layer]) == capture.batch_bytes() // patch_bytes
+
+
+def test_batches_grow_with_an_accelerator_s_memory(monkeypatch):
+  on_cpu = capture.batch_bytes()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(parallel, "device_memory_bytes", lambda: 640 * on_cpu)
+  assert capture.batch_bytes() == 10 * on_cpu
+  monkeypatch.setattr(parallel, "device_memory_bytes", lambda: on_cpu)
+  assert capture.batch_bytes() == on_cpu
 
 
 @pytest.mark.parametrize(
