@@ -9,7 +9,7 @@ import pytest
 from ptq_jax import models
 from ptq_jax.attack import confidence
 from ptq_jax.data import augment
-from ptq_jax.models import conv, fold_batchnorm, predict, units
+from ptq_jax.models import fold_batchnorm, predict, units
 from ptq_jax.quantize import adaround, brecq, capture, grid, hessian, obc, quadratic, reconstruct
 from ptq_jax.train import fit, optimizer, shadows
 
@@ -20,7 +20,6 @@ M, BATCH, IMAGE = 2, 8, (8, 8, 3)
 def lower(request, monkeypatch):
   """Text of a function's program for a platform; code that asks where it runs is told so."""
   name = {"cuda": "gpu"}.get(request.param, request.param)
-  conv.compiler_options()  # remembered, for what runs here afterwards
   monkeypatch.setattr(jax, "default_backend", lambda: name)
 
   def text(function, *arguments):
@@ -59,7 +58,7 @@ def test_training_in_half_precision(lower, model):
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), M))
   init = functools.partial(fit.init, recipe=recipe, image_shape=IMAGE)
-  run = functools.partial(shadows._run.jitted(), recipe, None)
+  run = functools.partial(shadows._run.__wrapped__, recipe, None)
   text = lower(
     run,
     jax.eval_shape(jax.vmap(init), keys),
@@ -81,9 +80,15 @@ def test_prediction(lower, model):
   )
   body, head = units.split(model, stacked(variables_of(model)))
   pixels, positions = zeros(BATCH, *IMAGE, dtype=jnp.uint8), zeros(BATCH, dtype=jnp.int32)
-  assert "bf16" in lower(functools.partial(run._run_body, None), body, pixels, positions)
-  features = jax.eval_shape(functools.partial(run._run_body, None), body, pixels, positions)
-  assert "stablehlo" in lower(functools.partial(run._run_head, None), head, features, positions)
+  assert "bf16" in lower(
+    functools.partial(run._run_body.__wrapped__, None), body, pixels, positions
+  )
+  features = jax.eval_shape(
+    functools.partial(run._run_body.__wrapped__, None), body, pixels, positions
+  )
+  assert "stablehlo" in lower(
+    functools.partial(run._run_head.__wrapped__, None), head, features, positions
+  )
 
 
 def test_adaround(lower):
@@ -129,7 +134,7 @@ def test_brecq(lower, model):
     grids = {path: grid.Grid(s, s, jnp.full(M, 4)) for path, s in scales.items()}
     problems = reconstruct.Problem(weights, grids, variables, inputs, targets)
     state = reconstruct._start(brecq.SCHEDULE, weights, grids)
-    advance = reconstruct._advance.jitted()
+    advance = reconstruct._advance.__wrapped__
     return advance(run, brecq.SCHEDULE, steps, problems, keys, state, 0)
 
   text = lower(
