@@ -33,7 +33,8 @@ def flat(config):
 
 
 @pytest.mark.parametrize(
-  ("name", "protocol"), [*itertools.product(STUDIES, PROTOCOLS), ("cifar10", "small")]
+  ("name", "protocol"),
+  [*itertools.product(STUDIES, PROTOCOLS), ("cifar10", "small"), ("cifar100", "small")],
 )
 def test_every_name_in_a_config_exists(name, protocol):
   config = load(name, protocol)
