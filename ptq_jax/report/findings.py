@@ -53,7 +53,7 @@ def summarize(
 
 def narrowest(rows: Sequence[Row], fpr: float) -> Row | None:
   """Of the rows with the fewest levels, the most accurate: what one would ship at that width."""
-  measured = [row for row in rows if _rate(row.strongest, fpr) is not None]
+  measured = [row for row in rows if _rate(row.worst(fpr), fpr) is not None]
   few = min((row.variant.levels or math.inf for row in measured), default=None)
   some = [row for row in measured if (row.variant.levels or math.inf) == few]
   return max(some, key=lambda row: _accuracy(row) or 0.0, default=None)
@@ -61,8 +61,8 @@ def narrowest(rows: Sequence[Row], fpr: float) -> Row | None:
 
 def _headline(full: Row | None, chosen: Row | None, fpr: float) -> str:
   at = f"of members found at {percent_words(fpr)} false positives"
-  before = None if full is None else _rate(full.strongest, fpr)
-  after = None if chosen is None else _rate(chosen.strongest, fpr)
+  before = None if full is None else _rate(full.worst(fpr), fpr)
+  after = None if chosen is None else _rate(chosen.worst(fpr), fpr)
   if after is None:
     return (
       "No leakage was measured."
@@ -72,7 +72,7 @@ def _headline(full: Row | None, chosen: Row | None, fpr: float) -> str:
   name = records_lib.describe(chosen.variant)
   if before is None:
     return f"{name}: {_percent(after, fpr)} {at}."
-  change = _tpr_difference(chosen.strongest, full.strongest, fpr)
+  change = _tpr_difference(chosen.worst(fpr), full.worst(fpr), fpr)
   rates = f"{_percent(before, fpr)} to {_percent(after, fpr)} {at}"
   cost = _cost(full, chosen)
   if change.overlap is None:
@@ -115,7 +115,7 @@ def _audited(records: Sequence[Record], attack: str) -> str:
 
 def _baseline_point(full: Row | None, fpr: float) -> list[str]:
   """How much full precision leaks, against chance."""
-  number = None if full is None else records_lib.tpr_at(full.strongest, fpr)
+  number = None if full is None else records_lib.tpr_at(full.worst(fpr), fpr)
   value = records_lib.value_of(number)
   if value is None:
     return []
@@ -130,10 +130,12 @@ def _baseline_point(full: Row | None, fpr: float) -> list[str]:
 
 
 def _protection_point(full: Row | None, quantized: Sequence[Row], fpr: float) -> list[str]:
-  """How many variants leak measurably less than full precision to the strongest attacker."""
+  """How many variants leak measurably less than full precision to the better attacker."""
   if full is None:
     return []
-  changes = {row.variant: _tpr_difference(row.strongest, full.strongest, fpr) for row in quantized}
+  changes = {
+    row.variant: _tpr_difference(row.worst(fpr), full.worst(fpr), fpr) for row in quantized
+  }
   known = {v: c for v, c in changes.items() if c is not None and c.overlap is not None}
   if not known:
     return []
@@ -154,9 +156,17 @@ def _underestimate_point(quantized: Sequence[Row], fpr: float) -> list[str]:
   gaps = [(gap, row) for gap, row in gaps if gap is not None]
   if not gaps:
     return []
+  known = [gap for gap, _ in gaps if gap.overlap is not None]
+  more, fewer = (sum(not gap.overlap and sign * gap.value > 0 for gap in known) for sign in (1, -1))
   gap, row = max(gaps, key=lambda pair: pair[0].value)
-  if gap.value <= 0:
+  if gap.value <= 0 and not fewer:
     return ["Nowhere do matched shadows find more members than full-precision shadows."]
+  if known and not more and fewer:
+    return [
+      "Nowhere do matched shadows find measurably more members than full-precision shadows; in"
+      f" {fewer} of {len(known)} quantized variants they find fewer, beyond the intervals. The"
+      " findings quote the attacker who finds more."
+    ]
   seen, found = (_percent(_rate(record, fpr), fpr) for record in row[1:])
   sentence = (
     "An attacker who does not quantize its shadows underestimates leakage most for"
@@ -165,13 +175,8 @@ def _underestimate_point(quantized: Sequence[Row], fpr: float) -> list[str]:
   )
   if gap.overlap:
     sentence += "; that difference is within the intervals"
-  known = [g for g, _ in gaps if g.overlap is not None]
-  clear = [g for g in known if not g.overlap]
-  counts = {
-    "more": sum(g.value > 0 for g in clear),
-    "fewer": sum(g.value < 0 for g in clear),
-  }
-  if clear:
+  if more:
+    counts = {"more": more, "fewer": fewer}
     found = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
     sentence += f". Matched shadows find {found} of {len(known)} quantized variants"
     sentence += " beyond the intervals"

@@ -59,7 +59,9 @@ GLOSSARY = (
   (
     "Matched shadows",
     "The attacker quantizes every shadow as the target was quantized: what somebody can do who"
-    " knows the format of the shipped model. This is the honest bound.",
+    " knows the format of the shipped model. With enough shadows that is the honest bound; few"
+    " are noisier when quantized, and may find less. Headline and findings quote the attacker who"
+    " finds more.",
   ),
   (
     "TPR at 1% FPR",

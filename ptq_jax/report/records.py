@@ -64,10 +64,17 @@ class Row(NamedTuple):
     """The record that holds what does not depend on the attacker: accuracy, bits, size."""
     return self.full_precision or self.matched or {}
 
-  @property
-  def strongest(self) -> Record:
-    """The record of the attacker who knows most: matched shadows when they were measured."""
-    return self.matched or self.full_precision or {}
+  def worst(self, fpr: float) -> Record:
+    """The record of the attacker who finds more members at an FPR: what an owner must count with.
+
+    Matched shadows know more, but few of them may find less, for quantized shadows are noisier.
+    """
+    found = [record for record in (self.matched, self.full_precision) if record is not None]
+    rates = [(value_of(tpr_at(record, fpr)), record) for record in found]
+    known = [(rate, record) for rate, record in rates if rate is not None]
+    if known:
+      return max(known, key=lambda pair: pair[0])[1]
+    return found[0] if found else {}
 
 
 class Difference(NamedTuple):

@@ -45,6 +45,16 @@ def test_a_clear_rise_is_said(example):
   assert any("Nowhere do matched shadows find more" in point for point in found.points)
 
 
+def test_the_attacker_who_finds_more_counts(example):
+  found = findings.summarize(audit(example, 0.20, 0.10, 0.05))
+  assert "lowers leakage from 20.0% to 10.0% of" in found.headline
+  assert (
+    "Nowhere do matched shadows find measurably more members than full-precision shadows; in 1 of 1"
+    " quantized variants they find fewer, beyond the intervals. The findings quote the attacker who"
+    " finds more."
+  ) in found.points
+
+
 def test_overlapping_intervals_are_no_finding(example):
   found = findings.summarize(audit(example, 0.10, 0.09, 0.095, accuracy=(0.9, 0.895)))
   assert found.headline == (
