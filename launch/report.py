@@ -20,13 +20,13 @@ def run(config, workdir) -> None:
 
 
 def report(workdir: pathlib.Path) -> None:
-  """Renders what `attack` found, unless that is done, and prints the result table."""
+  """Renders what `attack` found, unless this version did so, and prints the result table."""
   path = workdir / "results.jsonl"
   if not path.exists():
     raise FileNotFoundError(f"{path} is missing; run bash launch/run attack first.")
   found = storage.read_records(path)
   records.validate_all(found)
-  stamp = hashlib.sha256(path.read_bytes()).hexdigest()
+  stamp = digest(path, pathlib.Path(page.__file__).parent)
   done = workdir / "figures" / ".made_from"
   if not done.exists() or done.read_text() != stamp:
     write_report(found, workdir)
@@ -36,6 +36,14 @@ def report(workdir: pathlib.Path) -> None:
   for record in records.select(found, "warning"):
     print(f"warning, {record['about']}: {record['message']}")
   print(f"\n{workdir / 'index.html'} shows more.", flush=True)
+
+
+def digest(results: pathlib.Path, sources: pathlib.Path) -> str:
+  """What a report is made from: the results, and the modules that draw and word them."""
+  found = hashlib.sha256()
+  for path in (results, *sorted(sources.glob("*.py"))):
+    found.update(path.read_bytes())
+  return found.hexdigest()
 
 
 def write_report(found: list[dict], workdir) -> None:
