@@ -70,11 +70,7 @@ class Row(NamedTuple):
     Matched shadows know more, but few of them may find less, for quantized shadows are noisier.
     """
     found = [record for record in (self.matched, self.full_precision) if record is not None]
-    rates = [(value_of(tpr_at(record, fpr)), record) for record in found]
-    known = [(rate, record) for rate, record in rates if rate is not None]
-    if known:
-      return max(known, key=lambda pair: pair[0])[1]
-    return found[0] if found else {}
+    return max(found, key=lambda record: value_of(tpr_at(record, fpr)) or 0.0, default={})
 
 
 class Difference(NamedTuple):
