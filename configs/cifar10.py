@@ -61,7 +61,7 @@ def fast(config):
   """A seventh of the paper's training for each model, and leave-one-out instead of 10 targets.
 
   Batches of 256, though larger ones are usual in fast recipes: a chunk of models fills the
-  accelerator anyway, and steps are what a short training lacks (BUILD_NOTES.md).
+  accelerator anyway.
   """
   config.model = dict(name="resnet18", dtype="bfloat16")
   config.train.models = 16
