@@ -55,7 +55,7 @@ def fast(config):
   Batches of 256, though larger ones are usual in fast recipes: a chunk of models fills the
   accelerator anyway.
   """
-  config.model = dict(name="resnet18", dtype="bfloat16")
+  config.model = dict(name="resnet18", dtype="auto")
   config.train.models = 16
   config.train.epochs = 24
   config.train.batch_size = 256
@@ -76,6 +76,7 @@ def paper(config):
   config.train.targets = 10
   config.train.epochs = 160
   config.train.batch_size = 128
+  config.train.optimizer = "sgd"
   config.train.learning_rate = 0.1
   config.train.momentum = 0.9
   config.train.nesterov = False

@@ -205,7 +205,7 @@ def training_fingerprint(opened: Audit, *, swept: Mapping[str, Sequence[str]]) -
   How many models there are counts only where the sweep varies it: a finished sweep can be given
   more models, as an audit can.
   """
-  config = settings.plain(opened.config)
+  config = opened.settled
   ignored = {*MAY_CHANGE, *(key for key in MAY_GROW if key not in swept)}
   train = {key: value for key, value in config["train"].items() if f"train.{key}" not in ignored}
   return settings.fingerprint([opened.dataset.fingerprint, config["seed"], config["model"], train])

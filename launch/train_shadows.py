@@ -75,18 +75,49 @@ def train_chunk(audit: Audit, chunk: Chunk, progress: Progress):
   return variables
 
 
+def recipe_of(audit: Audit, chunk: Chunk, progress: Progress) -> fit.Recipe:
+  """The audit's recipe; with train.lowering="measure" it has what was fastest on this chunk.
+
+  Measured once per workdir and process and kept in lowering-PROCESS.json, so that a run that goes
+  on computes as it began.
+  """
+  if audit.config.train.lowering != "measure":
+    return audit.recipe
+  path = audit.root / f"lowering-{jax.process_index()}.json"
+  if not path.exists():
+    rates = shadows.lowering_rates(
+      *inputs(audit, chunk, audit.recipe), mesh=parallel.mesh_for(len(chunk))
+    )
+    fastest = max(rates, key=rates.get)
+    each = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+    progress.say(f"convolutions of {len(chunk)} models: {fastest} is fastest (images/s: {each}).")
+    storage.write_json(path, {"lowering": fastest, "images_per_s": rates})
+  return audit.recipe._replace(lowering=storage.read_json(path)["lowering"])
+
+
+def inputs(audit: Audit, chunk: Chunk, recipe: fit.Recipe):
+  """Keys, recipe, images, labels and members of a chunk, as `shadows.epochs` takes them."""
+  members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
+  return (
+    shadows.model_keys(audit.key(chunk.group), jnp.asarray(chunk.ids)),
+    recipe,
+    jnp.asarray(audit.dataset.train_images),
+    jnp.asarray(audit.dataset.train_labels),
+    jnp.asarray(members),
+  )
+
+
 def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
   """Trains a chunk from where it was, with a checkpoint every few minutes and when stopped."""
-  train, data = audit.config.train, audit.dataset
-  keys = shadows.model_keys(audit.key(chunk.group), jnp.asarray(chunk.ids))
-  members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
+  train = audit.config.train
+  keys, *rest = inputs(audit, chunk, recipe_of(audit, chunk, progress))
   directory = audit.model_directory(chunk) / "training"
   with storage.Checkpoints(directory) as checkpoints, settings.stops_deferred() as stopped:
     saved = checkpoints.restore(states_like(audit, chunk))
     report_skipped(saved, progress)
     states = saved.tree
     if states is None:
-      states = shadows.init(keys, audit.recipe, image_shape=data.image_shape)
+      states = shadows.init(keys, audit.recipe, image_shape=audit.dataset.image_shape)
     progress.advance(len(chunk) * saved.step)
     last_saved, running = time.monotonic(), None
 
@@ -98,10 +129,7 @@ def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
     for epoch in shadows.epochs(
       jax.tree.map(jnp.asarray, states),
       keys,
-      audit.recipe,
-      jnp.asarray(data.train_images),
-      jnp.asarray(data.train_labels),
-      jnp.asarray(members),
+      *rest,
       first=saved.step,
       last=train.epochs,
       mesh=parallel.mesh_for(len(chunk)),

@@ -25,7 +25,7 @@ import numpy as np
 from ptq_jax import models, settings, storage
 from ptq_jax.attack import confidence, protocol
 from ptq_jax.data import augment, batches, load, membership
-from ptq_jax.models import parallel, predict, units
+from ptq_jax.models import conv, parallel, predict, units
 from ptq_jax.quantize import METHODS, grid, pack, plan
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer, shadows
@@ -42,6 +42,7 @@ MAY_GROW = ("train.models", "train.targets")
 MAY_CHANGE = (
   "name",
   "train.models_per_chunk",
+  "train.lowering",
   "train.checkpoint_minutes",
   "queries.batch_size",
   "quantize.methods",
@@ -89,23 +90,27 @@ class Audit:
     return models.make(self.config.model.name, num_classes=self.dataset.num_classes, **options)
 
   @functools.cached_property
+  def settled(self) -> dict:
+    """The config as JSON, with what model.dtype="auto" means here: models depend on it."""
+    config = settings.plain(self.config)
+    if "dtype" in config["model"]:
+      config["model"]["dtype"] = models.compute_dtype(config["model"]["dtype"])
+    return config
+
+  @functools.cached_property
   def recipe(self) -> fit.Recipe:
     """How every model is trained."""
     train, data = self.config.train, self.dataset
     steps = batches.steps_per_epoch(len(data.train_labels) // 2, batch_size=train.batch_size)
-    optimizer_options = ("learning_rate", "momentum", "nesterov", "weight_decay", "schedule")
     return fit.Recipe(
       model=self.model,
-      optimizer=optimizer.sgd(
-        epochs=train.epochs,
-        steps_per_epoch=steps,
-        **{name: train[name] for name in optimizer_options},
-      ),
+      optimizer=make_optimizer(train, steps_per_epoch=steps),
       augmentation=augment.make(tuple(train.augmentation)),
       mean=tuple(map(float, data.mean)),
       std=tuple(map(float, data.std)),
       batch_size=train.batch_size,
       label_smoothing=train.label_smoothing,
+      lowering=train.lowering if train.lowering in conv.LOWERINGS else None,
     )
 
   def check(self) -> None:
@@ -130,10 +135,15 @@ class Audit:
         )
       for levels in (variant.levels, variant.last_layer_levels or 2):
         grid.check_levels(levels)
-    if self.config.train.models_per_chunk < 0:
+    lowering = self.config.train.lowering
+    if lowering not in ("auto", "measure", *conv.LOWERINGS):
       raise ValueError(
-        f"train.models_per_chunk is {self.config.train.models_per_chunk}; give a number of models, "
-        "or 0 for as many as fit."
+        f"train.lowering is {lowering!r}; choose auto, measure, {', '.join(conv.LOWERINGS)}."
+      )
+    chunk = self.config.train.models_per_chunk
+    if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
+      raise ValueError(
+        f"train.models_per_chunk is {chunk!r}; give a number of models, or auto for as many as fit."
       )
     if not 1 <= quantize.calibration_size <= members:
       raise ValueError(
@@ -222,9 +232,9 @@ class Audit:
 
   @functools.cached_property
   def chunk_size(self) -> int:
-    """Models that train at once: the config's number, or with 0 as many as fit."""
+    """Models that train at once: the config's number, or with "auto" as many as fit."""
     size = self.config.train.models_per_chunk
-    if size:
+    if size != "auto":
       return size
     devices = jax.local_devices()
     most = max(len(rows) for rows in self.members.values())
@@ -444,12 +454,12 @@ def open_audit(config: settings.Config, root: pathlib.Path) -> Audit:
   path = root / "config.json"
   if path.exists():
     stored = storage.read_json(path)
-    refuse_other_config(root, stored["config"], settings.plain(config))
+    refuse_other_config(root, stored["config"], audit.settled)
   if path.exists() and stored["data"] != audit.dataset.fingerprint:
     raise ValueError(
       f"the {config.data.name} data changed since {root} was begun; use another --workdir."
     )
-  current = {"config": settings.plain(config), "data": audit.dataset.fingerprint}
+  current = {"config": audit.settled, "data": audit.dataset.fingerprint}
   if jax.process_index() == 0 and (not path.exists() or stored != current):
     rows = audit.members
     storage.save_arrays(
@@ -459,6 +469,19 @@ def open_audit(config: settings.Config, root: pathlib.Path) -> Audit:
     )
     storage.write_json(path, current)
   return audit
+
+
+def make_optimizer(train: settings.Config, *, steps_per_epoch: int):
+  """The optimizer that the config's section `train` describes."""
+  options = ("epochs", "learning_rate", "momentum", "nesterov", "weight_decay", "schedule")
+  chosen = {name: train[name] for name in options}
+  if train.optimizer not in optimizer.OPTIMIZERS:
+    raise ValueError(
+      f"train.optimizer is {train.optimizer!r}; choose one of {', '.join(optimizer.OPTIMIZERS)}."
+    )
+  if train.optimizer == "muon":
+    chosen["kernels"] = optimizer.Muon(**train.muon)
+  return optimizer.OPTIMIZERS[train.optimizer](steps_per_epoch=steps_per_epoch, **chosen)
 
 
 def refuse_other_config(root: pathlib.Path, stored: dict, current: dict) -> None:

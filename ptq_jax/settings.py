@@ -52,6 +52,8 @@ def audit_defaults() -> Config:
       targets=0,  # 0: every model is target once, the others are its shadows
       epochs=40,
       batch_size=64,
+      optimizer="sgd",  # or muon: it for kernels of convolutions, SGD for the rest
+      muon=dict(learning_rate=0.05, weight_decay=0.05, momentum=0.9),
       learning_rate=0.1,
       momentum=0.9,
       nesterov=False,
@@ -59,7 +61,9 @@ def audit_defaults() -> Config:
       schedule="cosine",
       label_smoothing=0.0,
       augmentation=(),  # flip, crop4, shift1, ...
-      models_per_chunk=0,  # at once; 0: as many as fit. Memory only: no result depends on it
+      # At once: a number, or "auto" for as many as fit. Memory only: no result depends on it.
+      models_per_chunk=config_dict.FieldReference("auto", field_type=object),
+      lowering="auto",  # of many models' convolutions: also measure, unrolled, patches, grouped
       checkpoint_minutes=5.0,
     ),
     queries=dict(

@@ -66,8 +66,10 @@ def test_a_sweep_of_the_last_layer_names_its_variants_once(tmp_path):
 def test_the_paper_s_protocol(name):
   """Section by section what arXiv 2512.15335 and its public code do."""
   config = load(name, "paper")
-  train = settings.named(config.train, "models_per_chunk", "checkpoint_minutes")
+  speed = ("models_per_chunk", "lowering", "checkpoint_minutes")
+  train = settings.named(config.train, "muon", *speed)
   assert train == {
+    "optimizer": "sgd",
     "models": 64,
     "targets": 10,
     "epochs": 160,

@@ -22,7 +22,7 @@ import numpy as np
 
 from ptq_jax import models
 from ptq_jax.data import augment, membership
-from ptq_jax.models import flops, parallel
+from ptq_jax.models import conv, flops, parallel
 from ptq_jax.train import fit, optimizer, shadows
 
 STAGES = {"resnet8": "1,1,1", "resnet20": "3,3,3", "resnet18": "2,2,2,2", "convnet": "1"}
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
   device = jax.local_devices()[0]
   what = f"{options.models} x {options.model}, width {options.width}, {options.size}x{options.size}"
   how = f"batch {options.batch}, {options.dtype}, {device.device_kind}, JAX {jax.__version__}"
-  print(f"{what}, {how}")
+  print(f"{what}, {how}, convolutions {options.lowering or 'as chosen'}")
   before = peers(options)
   rate, seconds = ours(options)
   after = peers(options)
@@ -89,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument("--examples", type=int, default=4096, help="pool; each model trains on half")
   flags.add_argument("--epochs", type=int, default=2, help="measured, after one that warms up")
   flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  flags.add_argument(
+    "--lowering", choices=conv.LOWERINGS, help="of the convolutions; else as chosen"
+  )
   flags.add_argument("--peer", help="path of the PyTorch script")
   return flags
 
@@ -116,6 +119,7 @@ def ours(options) -> tuple[float, float]:
     mean=(0.5,) * 3,
     std=(0.25,) * 3,
     batch_size=options.batch,
+    lowering=options.lowering,
   )
   keys = shadows.model_keys(jax.random.key(1), jnp.arange(options.models))
   states = shadows.init(keys, recipe, image_shape=shape[1:])

@@ -4,6 +4,7 @@ import importlib
 import inspect
 
 import flax.linen as nn
+import jax
 
 from ptq_jax.models import convnet, resnet, wide_resnet
 
@@ -26,7 +27,7 @@ def make(name: str, *, num_classes: int, **options) -> nn.Module:
   Args:
     name: a key of `ZOO`, or where to find a function that takes `num_classes` and `options`.
     num_classes: C.
-    **options: of the model, such as `width`.
+    **options: of the model, such as `width`; `dtype` may be "auto", see `compute_dtype`.
   Raises:
     ValueError: for an unknown name, a factory that cannot be imported, or an unknown option.
   """
@@ -40,10 +41,22 @@ def make(name: str, *, num_classes: int, **options) -> nn.Module:
   if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
     known = sorted(set(accepted) - {"num_classes", "parent", "name"})
     raise ValueError(f"model {name!r} has no option {unknown[0]!r}; it has {known}.")
+  if "dtype" in options:
+    options["dtype"] = compute_dtype(options["dtype"])
   model = factory(num_classes=num_classes, **options)
   if not isinstance(model, nn.Module):
     raise ValueError(f"{name!r} made a {type(model).__name__}, not a flax.linen.Module.")
   return model
+
+
+def compute_dtype(dtype):
+  """The dtype itself; for "auto" bfloat16 on an accelerator and float32 on a CPU, as strings.
+
+  Only activations and convolutions take it: parameters, statistics and the loss stay float32.
+  """
+  if not isinstance(dtype, str) or dtype != "auto":
+    return dtype
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _import(name):

@@ -13,9 +13,11 @@ parts (forward, gradient of the images, gradient of the kernel) picks its own lo
 Use it in any Flax model: `nn.Conv(..., conv_general_dilated=conv.conv_general_dilated)`.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -40,7 +42,7 @@ class Geometry(NamedTuple):
   dilation: tuple[int, int]  # of the kernel
   groups: int
   precision: str | None
-  lowering: str | None  # None: the one that `choose_lowering` picks
+  lowering: str | None  # None: that of `lowered_as`, or the one that `choose_lowering` picks
 
 
 def conv_general_dilated(
@@ -67,8 +69,7 @@ def conv_general_dilated(
   Raises:
     ValueError: for other layouts, a dilated input, or an unknown lowering.
   """
-  if lowering not in (None, *LOWERINGS):
-    raise ValueError(f"lowering is {lowering!r}; choose one of {', '.join(LOWERINGS)}.")
+  _require_known(lowering)
   numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if numbers != jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, DIMENSION_NUMBERS):
     raise ValueError(f"dimension_numbers must be {DIMENSION_NUMBERS}, got {dimension_numbers}.")
@@ -88,6 +89,32 @@ def conv_general_dilated(
   return _conv(geometry, lhs, rhs)
 
 
+_lowering = contextvars.ContextVar("lowering", default=None)
+
+
+@contextlib.contextmanager
+def lowered_as(lowering: str | None) -> Iterator[None]:
+  """Inside, convolutions traced under vmap become this one of `LOWERINGS`; None: as they would.
+
+  Where a function was jitted before, its old program runs: give the jit the lowering as a static
+  argument, as `train.shadows` does.
+
+  Raises:
+    ValueError: for an unknown lowering.
+  """
+  _require_known(lowering)
+  token = _lowering.set(lowering)
+  try:
+    yield
+  finally:
+    _lowering.reset(token)
+
+
+def _require_known(lowering):
+  if lowering not in (None, *LOWERINGS):
+    raise ValueError(f"lowering is {lowering!r}; choose one of {', '.join(LOWERINGS)}.")
+
+
 def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -> str:
   """Which lowering a convolution gets when images and kernels both differ between models.
 
@@ -98,8 +125,10 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
     groups: of the convolution itself.
   Returns:
     One of `LOWERINGS`. On a CPU measured (`launch/bench.py conv`, BUILD_NOTES.md): unrolled wins,
-    but for the smallest, where patches also compile sooner. On an accelerator not measured yet:
-    unrolled where one model fills the chip, else patches.
+    but for the smallest, where patches also compile sooner. On an accelerator reckoned, not
+    measured: patches of 3x3 kernels move nine times the images through memory, about 5e8 FLOP's
+    worth of them in the time that it takes to start a kernel per model instead. To measure it in
+    a training: train.lowering="measure", or `launch/bench.py train --lowering`.
   """
   if num_models == 1 or groups > 1:
     return "unrolled"
@@ -318,11 +347,15 @@ def _batched(geometry, one, by_patches, flop, *, shared_first=None, shared_secon
       (first[m] if first_batched else first, second[m] if second_batched else second)
       for m in range(axis_size)
     ]
-    lowering = geometry.lowering or choose_lowering(
-      platform=jax.default_backend(),
-      num_models=axis_size,
-      flop=flop(*pairs[0]),
-      groups=geometry.groups,
+    lowering = (
+      geometry.lowering
+      or _lowering.get()
+      or choose_lowering(
+        platform=jax.default_backend(),
+        num_models=axis_size,
+        flop=flop(*pairs[0]),
+        groups=geometry.groups,
+      )
     )
     if lowering == "unrolled":
       return jnp.stack([function(*pair) for pair in pairs]), True

@@ -23,6 +23,7 @@ class Recipe(NamedTuple):
   std: tuple[float, ...]
   batch_size: int
   label_smoothing: float = 0.0
+  lowering: str | None = None  # of convolutions of models at once, see `models.conv.lowered_as`
 
 
 class State(NamedTuple):

@@ -5,6 +5,7 @@ result does not depend on who shares its chunk.
 """
 
 import functools
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -98,6 +99,44 @@ def _epoch(recipe, mesh, states, keys, images, labels, indices, steps_per_dispat
   return states, _mean(parts, weights)
 
 
+def lowering_rates(
+  keys: Keys,
+  recipe: fit.Recipe,
+  images: UInt8[Array, "E H W c"],
+  labels: Int[Array, "E"],
+  members: Int[Array, "M n"],
+  *,
+  steps: int = 4,
+  mesh: Mesh | None = None,
+) -> dict[str, float]:
+  """Images per second with which models train for each of `conv.LOWERINGS`, measured here.
+
+  What is fastest alone need not be so between the other layers of a network; this times real steps
+  of training, after compiling and running them once. One that does not fit into memory gets 0.
+
+  Args:
+    keys, recipe, images, labels, members, mesh: as in `epochs`; the recipe's lowering is not used.
+    steps: of training that are timed, at most those of an epoch.
+  """
+  members = members[:, : steps * recipe.batch_size]
+  images_seen = len(members) * members.shape[1]
+  rates = {}
+  for lowering in conv.LOWERINGS:
+    tried = recipe._replace(lowering=lowering)
+    states = init(keys, tried, image_shape=images.shape[1:])
+    marks = [time.perf_counter()]
+    try:
+      for epoch in epochs(states, keys, tried, images, labels, members, first=0, last=3, mesh=mesh):
+        jax.block_until_ready(epoch.metrics)
+        marks.append(time.perf_counter())
+      rates[lowering] = images_seen / min(marks[2] - marks[1], marks[3] - marks[2])
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      rates[lowering] = 0.0
+  return rates
+
+
 def largest_chunk(
   recipe: fit.Recipe,
   *,
@@ -150,7 +189,8 @@ def _indices(keys, members, epoch, *, batch_size):
 def _run(recipe, mesh, states, keys, images, labels, indices):
   run = functools.partial(fit.run, recipe)
   batched = parallel.over_models(run, in_axes=(0, 0, None, None, 0), mesh=mesh)
-  return batched(states, keys, images, labels, indices)
+  with conv.lowered_as(recipe.lowering):
+    return batched(states, keys, images, labels, indices)
 
 
 def _mean(parts, weights):

@@ -311,6 +311,10 @@ def test_damaged_models_are_named_and_trained_again(finished, copied):
     (("--config.attack.attacks=('guess',)",), "attack 'guess' is unknown"),
     (("--config.train.augmentation=('blur',)",), "no augmentation 'blur'"),
     (("--config.model.name=resnet9",), "model.name is 'resnet9'"),
+    (("--config.train.models_per_chunk=0",), "models_per_chunk is 0; give a number of models, or"),
+    (("--config.train.models_per_chunk=all",), "models_per_chunk is 'all'; give a number of"),
+    (("--config.train.lowering=fast",), "train.lowering is 'fast'; choose auto, measure, unrolled"),
+    (("--config.train.optimizer=adam",), "train.optimizer is 'adam'; choose one of sgd, muon"),
     (("--config.data.name=cifar1",), "cifar1"),
     (("--config.data.pool_size=100000",), "pool_size"),
   ],
@@ -376,6 +380,50 @@ def test_out_of_memory_halves_the_chunk(tmp_path, monkeypatch, capsys):
   assert names == [f"shadows-{i:05d}-{i + 2:05d}" for i in (0, 2, 4, 6)]
   assert "out of memory with 8 models at once; going on with 4" in capsys.readouterr().err
   assert len(audit.load_scores(workdir.FULL_PRECISION, "shadows")["scores"]) == 8
+
+
+def test_chunks_are_as_large_as_fits_unless_a_number_is_given(tmp_path, monkeypatch):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  config.train.models_per_chunk = "auto"
+  for most, names in ((3, ["00000-00003", "00003-00006", "00006-00008"]), (99, ["00000-00008"])):
+    audit = workdir.open_audit(config, tmp_path)
+    monkeypatch.setattr(workdir.shadows, "largest_chunk", lambda *_, most=most, **__: most)
+    assert [chunk.name.removeprefix("shadows-") for chunk in audit.chunks()] == names
+  config.train.models_per_chunk = 4
+  assert [len(chunk) for chunk in workdir.open_audit(config, tmp_path).chunks()] == [4, 4]
+
+
+def test_the_lowering_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  config.train.lowering = "measure"
+  audit = workdir.open_audit(config, tmp_path)
+  chunk = audit.chunks()[0]
+  measured = []
+
+  def rates(keys, recipe, images, labels, members, **_):
+    measured.append(members.shape)
+    return {"unrolled": 10.0, "patches": 30.0, "grouped": 20.0}
+
+  monkeypatch.setattr(train_shadows.shadows, "lowering_rates", rates)
+  for _ in range(2):
+    recipe = train_shadows.recipe_of(audit, chunk, Progress("train_shadows", 1))
+    assert recipe == audit.recipe._replace(lowering="patches")
+  assert measured == [(len(chunk), 100)]
+  assert capsys.readouterr().err.count("patches is fastest (images/s: unrolled 10, ") == 1
+  config.train.lowering = "grouped"
+  assert workdir.open_audit(config, tmp_path).recipe.lowering == "grouped"
+
+
+def test_what_auto_means_belongs_to_the_workdir(tmp_path, monkeypatch):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  config.model.dtype = "auto"
+  assert workdir.open_audit(config, tmp_path).model.dtype == "float32"
+  config.model.dtype = "float32"
+  workdir.open_audit(config, tmp_path)
+  config.model.dtype = "auto"
+  monkeypatch.setattr(workdir.models.jax, "default_backend", lambda: "gpu")
+  with pytest.raises(ValueError, match=r"model\.dtype is bfloat16, was float32"):
+    workdir.open_audit(config, tmp_path)
 
 
 def npz(path, **changes):

@@ -132,6 +132,28 @@ def test_lowering_depends_on_platform_and_size():
     conv.conv_general_dilated(images, kernel, (1, 1), "SAME", lowering="fast")
 
 
+def test_lowered_as_overrules_the_choice_inside_and_only_there():
+  images, kernel = arrays(1, models=3)
+
+  def convolutions():
+    run = functools.partial(convolve, conv.conv_general_dilated, geometry=GEOMETRIES["same"])
+    return str(jax.make_jaxpr(jax.vmap(run))(images, kernel)).count("conv_general_dilated")
+
+  chosen = convolutions()
+  counts = []
+  for lowering in conv.LOWERINGS:
+    with conv.lowered_as(lowering):
+      counts.append(convolutions())
+      with conv.lowered_as(None):
+        assert convolutions() == chosen
+  assert counts == [3, 0, 1]
+  with pytest.raises(RuntimeError), conv.lowered_as("grouped"):
+    raise RuntimeError
+  assert convolutions() == chosen
+  with pytest.raises(ValueError, match="lowering is 'fast'; choose"), conv.lowered_as("fast"):
+    pass
+
+
 def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
   known = conv.compiler_options.__wrapped__()
   assert known == (conv.EIGEN if jax.default_backend() == "cpu" else None)

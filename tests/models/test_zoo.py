@@ -28,6 +28,14 @@ def test_number_of_parameters(name, classes):
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name, classes]
 
 
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_auto_is_half_precision_on_accelerators_alone(monkeypatch, platform, dtype):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert models.make("resnet8", num_classes=5, dtype="auto").dtype == dtype
+  for given in ("float16", jnp.bfloat16, None):
+    assert models.make("resnet8", num_classes=5, dtype=given).dtype == given
+
+
 @pytest.mark.parametrize("name", SHORT)
 def test_units_in_order_are_the_model(name, key):
   model = models.make(name, num_classes=5, **SHORT[name])

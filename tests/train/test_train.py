@@ -9,7 +9,7 @@ import pytest
 
 from ptq_jax import models, trees
 from ptq_jax.data import augment, membership
-from ptq_jax.models import parallel
+from ptq_jax.models import conv, parallel
 from ptq_jax.train import fit, loss, optimizer, shadows
 
 EXAMPLES, BATCH, EPOCHS, MODELS = 48, 8, 2, 4
@@ -136,6 +136,36 @@ def test_one_step_is_pytorch_s_sgd_with_weight_decay():
   np.testing.assert_allclose(p["w"], expected, rtol=1e-6)
 
 
+def test_one_step_of_muon_is_an_orthogonal_kernel_and_sgd_for_the_rest():
+  rng = np.random.default_rng(0)
+  params = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 6))), "bias": jnp.ones(6)}
+  gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+  sizes = {"epochs": 1, "steps_per_epoch": 10, "schedule": "constant"}
+  kernels = optimizer.Muon(learning_rate=0.2, weight_decay=0.5, momentum=0.9)
+  transform = optimizer.muon(learning_rate=0.1, kernels=kernels, **sizes)
+  plain = optimizer.sgd(learning_rate=0.1, **sizes)
+  update, _ = transform.update(gradient, transform.init(params), params)
+  expected, _ = plain.update(gradient, plain.init(params), params)
+  np.testing.assert_allclose(update["bias"], expected["bias"], rtol=1e-6)
+  # the decay is lr * wd * kernel; the rest, as a matrix, has the gradient's singular vectors
+  step = -(update["kernel"] / 0.2 + 0.5 * params["kernel"]).reshape(36, 6)
+  left, _, right = np.linalg.svd(np.asarray(gradient["kernel"]).reshape(36, 6), full_matrices=False)
+  inner = left.T @ step @ right.T
+  values = np.diag(inner)
+  assert 0.6 < values.min() <= values.max() < 1.3  # five iterations end near 1, not at it
+  np.testing.assert_allclose(inner, np.diag(values), atol=1e-4)
+
+
+def test_muon_trains_each_model_as_if_alone(setup):
+  recipe, *rest = setup
+  recipe = recipe._replace(optimizer=optimizer.muon(epochs=2, steps_per_epoch=3, learning_rate=0.1))
+  both = train((recipe, *rest), [0, 1])[-1]
+  assert_close(train((recipe, *rest), [1])[-1].states, trees.take(both.states, jnp.array([1])))
+  plain = train(setup, [0, 1])[-1]
+  kernels = [each.states.variables["params"]["stem"]["conv"]["kernel"] for each in (both, plain)]
+  assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+
+
 def test_schedules():
   cosine = optimizer.cosine(peak=0.2, epochs=4, steps_per_epoch=5)
   for step in (0, 4, 5, 19):
@@ -156,11 +186,13 @@ def test_schedules():
     ({"epochs": 0}, r"train\.epochs is 0; it must be at least 1"),
     ({"learning_rate": -1.0}, r"train\.learning_rate is -1\.0"),
     ({"momentum": 1.0}, r"train\.momentum is 1\.0; it must be in \[0, 1\)"),
+    ({"kernels": optimizer.Muon(momentum=-1.0)}, r"train\.muon\.momentum is -1\.0"),
   ],
 )
 def test_bad_optimizer_settings(options, message):
+  make = optimizer.muon if "kernels" in options else optimizer.sgd
   with pytest.raises(ValueError, match=message):
-    optimizer.sgd(**{"learning_rate": 0.1, "epochs": 1, "steps_per_epoch": 1} | options)
+    make(**{"learning_rate": 0.1, "epochs": 1, "steps_per_epoch": 1} | options)
 
 
 def test_cross_entropy_and_accuracy_against_numpy():
@@ -180,6 +212,43 @@ def test_one_compilation_per_chunk_shape(setup):
   train((recipe, *setup[1:]), [0, 1])
   train((recipe, *setup[1:]), [2, 3])
   assert shadows._run.jitted()._cache_size() - before == 1
+
+
+@pytest.mark.parametrize("lowering", conv.LOWERINGS)
+def test_how_convolutions_are_lowered_does_not_matter(setup, together, lowering):
+  recipe, *rest = setup
+  lowered = train((recipe._replace(lowering=lowering), *rest), range(MODELS))
+  assert_close(lowered[-1].states, together[-1].states)
+
+
+def test_lowering_is_what_the_recipe_says(setup):
+  recipe, images, labels, members = setup
+  keys = shadows.model_keys(jax.random.key(0), jnp.arange(MODELS))
+  states = shadows.init(keys, recipe, image_shape=images.shape[1:])
+  convolutions = {}
+  for lowering in conv.LOWERINGS:
+    run = functools.partial(shadows._run.__wrapped__, recipe._replace(lowering=lowering), None)
+    text = str(jax.make_jaxpr(run)(states, keys, images, labels, members[:, None, :BATCH]))
+    convolutions[lowering] = text.count("conv_general_dilated")
+  assert convolutions["patches"] == 0
+  assert convolutions["unrolled"] == MODELS * convolutions["grouped"] > 0
+
+
+def test_every_lowering_is_timed_and_one_without_room_is_0(setup, monkeypatch):
+  recipe, images, labels, members = setup
+  keys = shadows.model_keys(jax.random.key(0), jnp.arange(MODELS))
+  epochs = shadows.epochs
+
+  def no_room_for_patches(states, keys, recipe, *rest, **options):
+    if recipe.lowering == "patches":
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return epochs(states, keys, recipe, *rest, **options)
+
+  monkeypatch.setattr(shadows, "epochs", no_room_for_patches)
+  rates = shadows.lowering_rates(keys, recipe, images, labels, members, steps=2)
+  assert list(rates) == list(conv.LOWERINGS)
+  assert rates["patches"] == 0
+  assert min(rates["unrolled"], rates["grouped"]) > 0
 
 
 def test_largest_chunk_follows_the_memory(setup):
