@@ -63,6 +63,23 @@ def test_a_sweep_of_the_last_layer_names_its_variants_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_a_recipe_changes_how_models_are_trained_and_nothing_else(name):
+  mixed, paper, fast = (
+    flat(load(name, protocol)) for protocol in ("paper,recipe=fast", "paper", "fast")
+  )
+  counts = {"train/models", "train/targets"}
+  for key in mixed.keys() - {"name"}:
+    of_recipe = key.startswith("train/") and key not in counts
+    assert mixed[key] == (fast if of_recipe else paper)[key], key
+  assert mixed["name"] == f"{name} paper, fast recipe"
+  assert mixed["train/epochs"] < paper["train/epochs"] / 5
+  same = flat(load(name, "fast,recipe=fast"))
+  assert {key for key in same if same[key] != fast[key]} == {"name"}
+  with pytest.raises(ValueError, match="recipe is 'slow'; choose one of fast, paper"):
+    load(name, "fast,recipe=slow")
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_paper_s_protocol(name):
   """Section by section what arXiv 2512.15335 and its public code do."""
   config = load(name, "paper")

@@ -47,10 +47,11 @@ def variables_of(model):
   return jax.eval_shape(model.init, jax.random.key(0), zeros(1, *IMAGE))
 
 
-def test_training_in_half_precision(lower, model):
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_training_in_half_precision(lower, model, name):
   recipe = fit.Recipe(
     model,
-    optimizer.sgd(learning_rate=0.1, epochs=1, steps_per_epoch=3),
+    optimizer.OPTIMIZERS[name](learning_rate=0.1, epochs=1, steps_per_epoch=3),
     augment.make(("flip", "crop4")),
     (0.5,) * 3,
     (0.25,) * 3,

@@ -414,6 +414,21 @@ def test_the_lowering_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
   assert workdir.open_audit(config, tmp_path).recipe.lowering == "grouped"
 
 
+def test_a_training_with_muon_goes_on_from_its_checkpoint(tmp_path):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  config.train.optimizer = "muon"
+  whole, broken = (workdir.open_audit(config, tmp_path / name) for name in ("whole", "broken"))
+  chunk, progress = whole.chunks()[0], Progress("train_shadows", 1)
+  expected = train_shadows.train_epochs(whole, chunk, progress)
+  keys, *rest = train_shadows.inputs(broken, chunk, broken.recipe)
+  states = train_shadows.shadows.init(keys, broken.recipe, image_shape=(8, 8, 1))
+  first = next(train_shadows.shadows.epochs(states, keys, *rest, first=0, last=1))
+  with storage.Checkpoints(broken.model_directory(chunk) / "training") as checkpoints:
+    checkpoints.save(1, first.states, {"chunk": chunk.name})
+  resumed = train_shadows.train_epochs(broken, chunk, progress)
+  jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
 def test_what_auto_means_belongs_to_the_workdir(tmp_path, monkeypatch):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.model.dtype = "auto"
