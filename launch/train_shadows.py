@@ -89,6 +89,8 @@ def recipe_of(audit: Audit, chunk: Chunk, progress: Progress) -> fit.Recipe:
       *inputs(audit, chunk, audit.recipe), mesh=parallel.mesh_for(len(chunk))
     )
     fastest = max(rates, key=rates.get)
+    if not rates[fastest]:  # none fits; training will say so and go on with fewer models
+      return audit.recipe
     each = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     progress.say(f"convolutions of {len(chunk)} models: {fastest} is fastest (images/s: {each}).")
     storage.write_json(path, {"lowering": fastest, "images_per_s": rates})

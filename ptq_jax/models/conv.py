@@ -65,7 +65,8 @@ def conv_general_dilated(
   Args:
     lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
       feature_group_count, precision: as `jax.lax.conv_general_dilated`.
-    lowering: one of `LOWERINGS` under vmap; None: chosen by shape and platform.
+    lowering: one of `LOWERINGS` under vmap; None: chosen by shape and platform. One that has
+      groups itself is never made of patches, but unrolled instead.
   Raises:
     ValueError: for other layouts, a dilated input, or an unknown lowering.
   """
@@ -357,7 +358,7 @@ def _batched(geometry, one, by_patches, flop, *, shared_first=None, shared_secon
         groups=geometry.groups,
       )
     )
-    if lowering == "unrolled":
+    if lowering == "unrolled" or (lowering == "patches" and geometry.groups > 1):
       return jnp.stack([function(*pair) for pair in pairs]), True
     return jax.vmap(by_patches if lowering == "patches" else one, axes)(first, second), True
 

@@ -98,7 +98,7 @@ def muon(
   """Muon (Jordan et al., 2024) for the kernels of convolutions, `sgd` for everything else.
 
   A kernel's momentum, as a matrix [window and inputs, outputs], is replaced by the nearest
-  orthogonal one, found by five Newton-Schulz iterations (`optax.contrib.scale_by_muon`). In few
+  orthogonal one, nearly: five Newton-Schulz iterations of `optax.contrib.scale_by_muon`. In few
   epochs it gets further than SGD; for ResNet-18 it adds a quarter to the operations of a step with
   128 images.
 

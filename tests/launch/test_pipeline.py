@@ -399,6 +399,9 @@ def test_the_lowering_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
   audit = workdir.open_audit(config, tmp_path)
   chunk = audit.chunks()[0]
   measured = []
+  nothing = dict.fromkeys(("unrolled", "patches", "grouped"), 0.0)
+  monkeypatch.setattr(train_shadows.shadows, "lowering_rates", lambda *_, **__: nothing)
+  assert train_shadows.recipe_of(audit, chunk, Progress("train_shadows", 1)) == audit.recipe
 
   def rates(keys, recipe, images, labels, members, **_):
     measured.append(members.shape)

@@ -71,13 +71,13 @@ def test_one_model_is_lax(name):
 )
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_vmap_is_a_loop_over_models(name, shared, lowering):
-  if name == "grouped" and lowering == "patches":
-    lowering = None  # a convolution that has groups itself is never made of patches
   images, kernel = arrays(GEOMETRIES[name][-1], models=3)
   images = images[0] if shared == "images" else images
   kernel = kernel[0] if shared == "kernel" else kernel
   axes = (None if shared == "images" else 0, None if shared == "kernel" else 0)
-  run = functools.partial(value_and_gradients, conv.conv_general_dilated, geometry=GEOMETRIES[name])
+  run = functools.partial(
+    value_and_gradients, conv.conv_general_dilated, geometry=GEOMETRIES[name], lowering=lowering
+  )
   batched = jax.jit(jax.vmap(run, in_axes=axes))(images, kernel)
   alone = jax.jit(run)
   for model in range(3):
