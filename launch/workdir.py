@@ -5,6 +5,7 @@
     models/CHUNK/       Orbax checkpoints of some models, stacked
     scores/VARIANT/     CHUNK.npz: scores float32[m, E, V], test accuracy[m], size of those models
     quantized/VARIANT/  CHUNK.npz: their integer codes, grids and full-precision rest
+    lowering-I.json     how process I computes convolutions, if train.lowering="measure"
     results.jsonl ...   what `attack` and `report` make of the scores
 
 A chunk is a run of models trained together, "shadows-00000-00016"; a variant is a way of storing
