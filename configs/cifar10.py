@@ -65,18 +65,19 @@ def get_config(arg=""):
 
 
 def fast_recipe(config):
-  """A fifth of the steps of the paper's quick start (100 epochs).
+  """A fifth of the steps of the paper's quick start, which has 100 epochs.
 
-  Half of CIFAR-10, ResNet-8: @@.
+  With ResNet-8: 83.2 and 83.6 % of the test images in two runs, the paper's recipe in 100 epochs
+  84.0 % (BUILD_NOTES.md). ResNet-18 is not measured.
   """
   config.train.epochs = 20
   config.train.batch_size = 128
   config.train.optimizer = "muon"
   config.train.muon = dict(learning_rate=0.05, weight_decay=0.05, momentum=0.9)
-  config.train.learning_rate = 0.1
+  config.train.learning_rate = 0.3
   config.train.momentum = 0.9
   config.train.nesterov = True
-  config.train.weight_decay = 5e-4
+  config.train.weight_decay = 1.7e-4
   config.train.schedule = "triangular"
   config.train.label_smoothing = 0.0
 

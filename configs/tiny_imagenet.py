@@ -55,10 +55,10 @@ def fast_recipe(config):
   config.train.batch_size = 128
   config.train.optimizer = "muon"
   config.train.muon = dict(learning_rate=0.05, weight_decay=0.05, momentum=0.9)
-  config.train.learning_rate = 0.1
+  config.train.learning_rate = 0.3
   config.train.momentum = 0.9
   config.train.nesterov = True
-  config.train.weight_decay = 5e-4
+  config.train.weight_decay = 1.7e-4
   config.train.schedule = "triangular"
   config.train.label_smoothing = 0.0
 
