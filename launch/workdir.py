@@ -455,6 +455,9 @@ def open_audit(config: settings.Config, root: pathlib.Path) -> Audit:
   path = root / "config.json"
   if path.exists():
     stored = storage.read_json(path)
+    stored["config"] = settings.completed(
+      stored["config"], settings.plain(settings.audit_defaults())
+    )
     refuse_other_config(root, stored["config"], audit.settled)
   if path.exists() and stored["data"] != audit.dataset.fingerprint:
     raise ValueError(

@@ -337,6 +337,19 @@ def parse_arg(arg: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
   return values
 
 
+def completed(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """A stored config with the default of every key that it lacks: those younger than it.
+
+  >>> completed({"train": {"epochs": 3}}, {"train": {"epochs": 40, "momentum": 0.9}})
+  {'train': {'epochs': 3, 'momentum': 0.9}}
+  """
+  own = {
+    key: completed(value, defaults.get(key, {})) if isinstance(value, Mapping) else value
+    for key, value in stored.items()
+  }
+  return {**defaults, **own}
+
+
 def _dotted(mapping, prefix=""):
   flat = {}
   for key, value in mapping.items():

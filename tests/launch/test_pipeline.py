@@ -432,6 +432,19 @@ def test_a_training_with_muon_goes_on_from_its_checkpoint(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, resumed, expected)
 
 
+def test_a_workdir_older_than_a_setting_goes_on_with_its_default(tmp_path):
+  config = settings.load(str(ROOT / "configs/smoke.py"))
+  workdir.open_audit(config, tmp_path)
+  stored = storage.read_json(tmp_path / "config.json")
+  del stored["config"]["train"]["optimizer"], stored["config"]["train"]["muon"]
+  storage.write_json(tmp_path / "config.json", stored)
+  workdir.open_audit(config, tmp_path)
+  storage.write_json(tmp_path / "config.json", stored)
+  config.train.optimizer = "muon"
+  with pytest.raises(ValueError, match=r"train\.optimizer is muon, was sgd"):
+    workdir.open_audit(config, tmp_path)
+
+
 def test_what_auto_means_belongs_to_the_workdir(tmp_path, monkeypatch):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.model.dtype = "auto"
