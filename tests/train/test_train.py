@@ -136,7 +136,7 @@ def test_one_step_is_pytorch_s_sgd_with_weight_decay():
   np.testing.assert_allclose(p["w"], expected, rtol=1e-6)
 
 
-def test_one_step_of_muon_is_an_orthogonal_kernel_and_sgd_for_the_rest():
+def test_a_step_of_muon_is_an_orthogonal_kernel_and_sgd_for_the_rest():
   rng = np.random.default_rng(0)
   params = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 6))), "bias": jnp.ones(6)}
   gradient = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
@@ -144,16 +144,25 @@ def test_one_step_of_muon_is_an_orthogonal_kernel_and_sgd_for_the_rest():
   kernels = optimizer.Muon(learning_rate=0.2, weight_decay=0.5, momentum=0.9)
   transform = optimizer.muon(learning_rate=0.1, kernels=kernels, **sizes)
   plain = optimizer.sgd(learning_rate=0.1, **sizes)
-  update, _ = transform.update(gradient, transform.init(params), params)
+  update, state = transform.update(gradient, transform.init(params), params)
   expected, _ = plain.update(gradient, plain.init(params), params)
   np.testing.assert_allclose(update["bias"], expected["bias"], rtol=1e-6)
-  # the decay is lr * wd * kernel; the rest, as a matrix, has the gradient's singular vectors
-  step = -(update["kernel"] / 0.2 + 0.5 * params["kernel"]).reshape(36, 6)
-  left, _, right = np.linalg.svd(np.asarray(gradient["kernel"]).reshape(36, 6), full_matrices=False)
-  inner = left.T @ step @ right.T
-  values = np.diag(inner)
-  assert 0.6 < values.min() <= values.max() < 1.3  # five iterations end near 1, not at it
-  np.testing.assert_allclose(inner, np.diag(values), atol=1e-4)
+
+  def assert_orthogonalised(update, matrix):
+    """Without its decay, lr * wd * kernel, the step has the singular vectors of `matrix`."""
+    step = -(update["kernel"] / 0.2 + 0.5 * params["kernel"]).reshape(36, 6)
+    left, _, right = np.linalg.svd(np.asarray(matrix).reshape(36, 6), full_matrices=False)
+    inner = left.T @ step @ right.T
+    values = np.diag(inner)
+    assert 0.6 < values.min() <= values.max() < 1.3  # five iterations end near 1, not at it
+    np.testing.assert_allclose(inner, np.diag(values), atol=1e-4)
+
+  assert_orthogonalised(update, gradient["kernel"])
+  second = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+  update, _ = transform.update(second, state, params)
+  velocity = 0.9 * 0.1 * gradient["kernel"] + 0.1 * second["kernel"]
+  ahead = 0.9 * velocity / (1 - 0.9**3) + 0.1 * second["kernel"] / (1 - 0.9**2)
+  assert_orthogonalised(update, ahead)
 
 
 def test_muon_trains_each_model_as_if_alone(setup):
