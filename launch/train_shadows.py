@@ -85,9 +85,9 @@ def recipe_of(audit: Audit, chunk: Chunk, progress: Progress) -> fit.Recipe:
     return audit.recipe
   path = audit.root / f"lowering-{jax.process_index()}.json"
   if not path.exists():
-    rates = shadows.lowering_rates(
-      *inputs(audit, chunk, audit.recipe), mesh=parallel.mesh_for(len(chunk))
-    )
+    keys, *data = inputs(audit, chunk)
+    mesh = parallel.mesh_for(len(chunk))
+    rates = shadows.lowering_rates(keys, audit.recipe, *data, mesh=mesh)
     fastest = max(rates, key=rates.get)
     if not rates[fastest]:  # none fits; training will say so and go on with fewer models
       return audit.recipe
@@ -97,12 +97,11 @@ def recipe_of(audit: Audit, chunk: Chunk, progress: Progress) -> fit.Recipe:
   return audit.recipe._replace(lowering=storage.read_json(path)["lowering"])
 
 
-def inputs(audit: Audit, chunk: Chunk, recipe: fit.Recipe):
-  """Keys, recipe, images, labels and members of a chunk, as `shadows.epochs` takes them."""
+def inputs(audit: Audit, chunk: Chunk) -> tuple[jax.Array, ...]:
+  """Keys, images, labels and members of a chunk, as `shadows.epochs` takes them."""
   members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
   return (
     shadows.model_keys(audit.key(chunk.group), jnp.asarray(chunk.ids)),
-    recipe,
     jnp.asarray(audit.dataset.train_images),
     jnp.asarray(audit.dataset.train_labels),
     jnp.asarray(members),
@@ -112,14 +111,14 @@ def inputs(audit: Audit, chunk: Chunk, recipe: fit.Recipe):
 def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
   """Trains a chunk from where it was, with a checkpoint every few minutes and when stopped."""
   train = audit.config.train
-  keys, *rest = inputs(audit, chunk, recipe_of(audit, chunk, progress))
+  recipe, (keys, *data) = recipe_of(audit, chunk, progress), inputs(audit, chunk)
   directory = audit.model_directory(chunk) / "training"
   with storage.Checkpoints(directory) as checkpoints, settings.stops_deferred() as stopped:
     saved = checkpoints.restore(states_like(audit, chunk))
     report_skipped(saved, progress)
     states = saved.tree
     if states is None:
-      states = shadows.init(keys, audit.recipe, image_shape=audit.dataset.image_shape)
+      states = shadows.init(keys, recipe, image_shape=audit.dataset.image_shape)
     progress.advance(len(chunk) * saved.step)
     last_saved, running = time.monotonic(), None
 
@@ -131,7 +130,8 @@ def train_epochs(audit: Audit, chunk: Chunk, progress: Progress) -> fit.State:
     for epoch in shadows.epochs(
       jax.tree.map(jnp.asarray, states),
       keys,
-      *rest,
+      recipe,
+      *data,
       first=saved.step,
       last=train.epochs,
       mesh=parallel.mesh_for(len(chunk)),

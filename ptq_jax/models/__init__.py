@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,14 +50,14 @@ def make(name: str, *, num_classes: int, **options) -> nn.Module:
   return model
 
 
-def compute_dtype(dtype):
+def compute_dtype(dtype: Any) -> Any:
   """The dtype itself; for "auto" bfloat16 on an accelerator and float32 on a CPU, as strings.
 
   Only activations and convolutions take it: parameters, statistics and the loss stay float32.
   """
-  if not isinstance(dtype, str) or dtype != "auto":
-    return dtype
-  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if isinstance(dtype, str) and dtype == "auto":
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return dtype
 
 
 def _import(name):

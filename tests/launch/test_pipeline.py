@@ -423,9 +423,9 @@ def test_a_training_with_muon_goes_on_from_its_checkpoint(tmp_path):
   whole, broken = (workdir.open_audit(config, tmp_path / name) for name in ("whole", "broken"))
   chunk, progress = whole.chunks()[0], Progress("train_shadows", 1)
   expected = train_shadows.train_epochs(whole, chunk, progress)
-  keys, *rest = train_shadows.inputs(broken, chunk, broken.recipe)
+  keys, *data = train_shadows.inputs(broken, chunk)
   states = train_shadows.shadows.init(keys, broken.recipe, image_shape=(8, 8, 1))
-  first = next(train_shadows.shadows.epochs(states, keys, *rest, first=0, last=1))
+  first = next(train_shadows.shadows.epochs(states, keys, broken.recipe, *data, first=0, last=1))
   with storage.Checkpoints(broken.model_directory(chunk) / "training") as checkpoints:
     checkpoints.save(1, first.states, {"chunk": chunk.name})
   resumed = train_shadows.train_epochs(broken, chunk, progress)
