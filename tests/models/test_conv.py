@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ptq_jax.models import conv
+from tests import programs
 
 GEOMETRIES = {
   "same": ((1, 1), "SAME", (1, 1), 1),
@@ -137,7 +138,7 @@ def test_lowered_as_overrules_the_choice_inside_and_only_there():
 
   def convolutions():
     run = functools.partial(convolve, conv.conv_general_dilated, geometry=GEOMETRIES["same"])
-    return str(jax.make_jaxpr(jax.vmap(run))(images, kernel)).count("conv_general_dilated")
+    return programs.count(jax.make_jaxpr(jax.vmap(run))(images, kernel), "conv_general_dilated")
 
   chosen = convolutions()
   counts = []

@@ -11,6 +11,7 @@ from ptq_jax import models, trees
 from ptq_jax.data import augment, membership
 from ptq_jax.models import conv, parallel
 from ptq_jax.train import fit, loss, optimizer, shadows
+from tests import programs
 
 EXAMPLES, BATCH, EPOCHS, MODELS = 48, 8, 2, 4
 
@@ -237,8 +238,8 @@ def test_lowering_is_what_the_recipe_says(setup):
   convolutions = {}
   for lowering in conv.LOWERINGS:
     run = functools.partial(shadows._run.__wrapped__, recipe._replace(lowering=lowering), None)
-    text = str(jax.make_jaxpr(run)(states, keys, images, labels, members[:, None, :BATCH]))
-    convolutions[lowering] = text.count("conv_general_dilated")
+    program = jax.make_jaxpr(run)(states, keys, images, labels, members[:, None, :BATCH])
+    convolutions[lowering] = programs.count(program, "conv_general_dilated")
   assert convolutions["patches"] == 0
   assert convolutions["unrolled"] == MODELS * convolutions["grouped"] > 0
 
