@@ -10,37 +10,15 @@ attackers: one whose shadows stay in full precision, and one who quantized them 
 attacks scores that any framework saved, and reports. shadows.npz holds `scores` float[M, E, V]
 (or [M, E]; higher means member, such as the logit-scaled confidence) and `members` bool[M, E];
 targets.npz the same of T targets, on the same examples. Without --targets every shadow is target
-once. For a "class_threshold" among attack.attacks, shadows.npz also needs `labels` int[E].
+once. For a "class_threshold" among attack.attacks, shadows.npz also needs `labels` int[E]. Without
+--workdir the results go to runs/scores-NAME.
 """
 
-import datetime
 import pathlib
-import shlex
-import sys
-from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from launch import report
-from launch.progress import Progress
-from launch.workdir import (
-  FULL_PRECISION,
-  MODELS_LEAVE_ONE_OUT,
-  Audit,
-  open_audit,
-  variant_name,
-)
-from ptq_jax import settings, storage
-from ptq_jax.attack import exposure, guards, protocol
-from ptq_jax.data import duplicates
-from ptq_jax.metrics import intervals, leakage
-from ptq_jax.report import records, tables
-from ptq_jax.report.records import Variant
-
-NUM_PICTURES = 24
-"""So many of the most exposed examples are shown."""
-
+from launch import flags, progress
+from ptq_jax import storage
+from ptq_jax.audit import attacking, preflight, reporting, work
 
 OPTIONS = {
   "scores": "An .npz file of shadow scores to attack instead of an audit's.",
@@ -48,395 +26,31 @@ OPTIONS = {
 }
 """Further flags."""
 
+WORKDIR = pathlib.Path("runs/digits")
 
-def run(config, workdir, scores=None, targets=None) -> None:
+
+def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> None:
   """The stage alone, or an attack on saved scores."""
-  if scores:
-    attack_files(config, storage.require_writable(workdir), scores, targets)
-  elif targets:
+  listener, command = progress.Lines(), flags.command_line()
+  if targets and not scores:
     raise ValueError("--targets needs --scores, the scores of the shadows.")
-  else:
-    attack(open_audit(config, workdir))
-
-
-def attack(audit: Audit) -> None:
-  """Attacks, unless the results of exactly these scores and settings are there already."""
-  variants = [FULL_PRECISION, *audit.variants()]
-  audit.wait_for_others(variants)
-  inputs = fingerprint_of_inputs(audit, variants)
-  path = audit.root / "results.jsonl"
-  if path.exists() and is_current(path, inputs):
+  if not scores:
+    audit = preflight.open_audit(config, workdir, trained=models, shard=shard, listener=listener)
+    with work.pinned_randomness():
+      attacking.attack(audit, command=command)
     return
-  with audit.timed("attack"), Progress("attack", len(variants)) as progress:
-    found, evidence = [], {}
-    full = scores_of(audit, FULL_PRECISION)
-    for variant in variants:
-      attacked = attack_variant(audit, variant, full)
-      found += attacked.records
-      evidence[variant] = attacked.scores
-      progress.advance(1, variant_name(variant))
-    found += exposures(audit, evidence)
-  storage.write_records(path, [run_record(audit, inputs), *found, *warnings(audit, found)])
-
-
-class Attacked(NamedTuple):
-  """What attacking one variant gave."""
-
-  records: list[dict]
-  scores: np.ndarray  # [T, E], of the first attack by the attacker who knows most
-
-
-def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
-  """Leakage of one variant to both attackers, what happened to its units, who is exposed."""
-  is_full = variant == FULL_PRECISION
-  own = full if is_full else scores_of(audit, variant)
-  accuracy = intervals.over_targets(
-    own["target_accuracy"], confidence=audit.config.attack.confidence
-  )
-  common = variant._asdict() | {
-    "bits_per_weight": own["bits_per_weight"].mean(),
-    "size_kb": own["size_kb"].mean(),
-    "test_accuracy": accuracy._asdict(),
-  }
-  found, samples, main = [], {}, audit.config.attack.attacks[0]
-  attackers = {"full_precision": full} if is_full else {"full_precision": full, "matched": own}
-  for attacker, shadows in attackers.items():
-    scores, pools = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
-    for number, (name, rows) in enumerate(scores.items()):
-      key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
-      for group, examples in audited_groups(audit, own, every=name == main).items():
-        about = {"attacker": attacker, "attack": name, "members": group}
-        sampled = sample(audit.config.attack, key, rows, examples)
-        summary = summarise(
-          audit.config.attack,
-          key,
-          rows,
-          examples.members,
-          audited=examples.audited,
-          shadows=pools.get(name) if group == "all" else None,
-          sampled=sampled,
-        )
-        if attacker == "matched":
-          summary["minus_full_precision_shadows"] = leakage.compare(
-            key, sampled, samples[name, group], confidence=audit.config.attack.confidence
-          )
-        samples[name, group] = sampled
-        found.append(records.make("leakage", **about, **common, **summary))
-  found += [] if is_full else unit_records(audit, variant)
-  return Attacked(found, scores[main])
-
-
-def sample(options, key, scores, examples: leakage.Audit) -> leakage.Sample:
-  """What the intervals of one attack rest on; `options` as in `summarise`."""
-  return leakage.sample(
-    key,
-    scores,
-    examples.members,
-    fprs=tuple(options.fprs),
-    audited=examples.audited,
-    num_resamples=options.resamples,
-  )
-
-
-def summarise(options, key, scores, members, **more) -> dict:
-  """Metrics of one attack with intervals; `options` is the attack section of a config."""
-  return leakage.summarise(
-    key,
-    scores,
-    members,
-    fprs=tuple(options.fprs),
-    num_resamples=options.resamples,
-    confidence=options.confidence,
-    **more,
-  )
-
-
-def target_members(audit: Audit) -> np.ndarray:
-  """bool[T, E], who the targets trained on."""
-  return audit.sound_members.get("targets", audit.sound_members["shadows"])
-
-
-def audited_groups(audit: Audit, own: dict, *, every: bool) -> dict[str, leakage.Audit]:
-  """All examples, and with `every` also those apart that calibrated the quantizer."""
-  members = target_members(audit)
-  groups = {"all": leakage.Audit(members, np.ones_like(members))}
-  if every and own["calibration"] is not None:
-    calibrated = np.zeros_like(members)
-    np.put_along_axis(calibrated, own["calibration"], True, axis=1)
-    groups |= leakage.calibration_audits(members, calibrated)
-  return groups
-
-
-def exposures(audit: Audit, evidence: dict[Variant, np.ndarray]) -> list[dict]:
-  """Writes who is exposed in each variant, and tells how that differs from full precision.
-
-  WORKDIR/exposure.csv ranks the pool by exposure at full precision; exposed.npz has the pictures
-  of the first.
-  """
-  members, data = target_members(audit), audit.dataset
-  per_variant = {
-    variant: exposure.per_example(scores, members) for variant, scores in evidence.items()
-  }
-  ranking = exposure.ranking(per_variant[FULL_PRECISION])
-  columns = {"example": ranking, "source_example": data.train_ids[ranking]}
-  columns["label"] = [data.class_names[label] for label in data.train_labels[ranking]]
-  for variant, found in per_variant.items():
-    columns[f"{variant_name(variant)}_when_member"] = found.when_member[ranking]
-    columns[f"{variant_name(variant)}_when_non_member"] = found.when_non_member[ranking]
-  storage.write_csv(audit.root / "exposure.csv", columns)
-  shown = ranking[:NUM_PICTURES]
-  storage.save_arrays(
-    audit.root / "exposed.npz",
-    images=data.train_images[shown],
-    labels=columns["label"][:NUM_PICTURES],
-    exposure=per_variant[FULL_PRECISION].when_member[shown],
-  )
-  top = max(1, round(len(ranking) * audit.config.attack.exposed_share))
-  return [
-    records.make(
-      "exposure",
-      attacker="matched",
-      **variant._asdict(),
-      **exposure.compare(
-        audit.key("bootstrap"), scores, evidence[FULL_PRECISION], members, top=top
-      ),
+  if workdir == WORKDIR:
+    workdir = pathlib.Path("runs", f"scores-{pathlib.Path(scores).stem}")
+  with work.pinned_randomness():
+    attacking.attack_files(
+      config, storage.require_writable(workdir), scores, targets, command=command
     )
-    for variant, scores in evidence.items()
-  ]
-
-
-def attack_scores(audit: Audit, shadow_scores, target_scores) -> tuple[dict, dict]:
-  """Every configured attack on every target, [T, E] each; on shadows too where targets are apart.
-
-  The second sets the thresholds of an attacker who knows no target's membership.
-  """
-  options = {
-    "attacks": tuple(audit.config.attack.attacks),
-    "labels": audit.dataset.train_labels,
-  }
-  members = audit.sound_members["shadows"]
-  if "targets" not in audit.members:
-    found = protocol.leave_one_out(shadow_scores, members, audited_scores=target_scores, **options)
-    return found, {}
-  found = protocol.dedicated_targets(shadow_scores, members, target_scores, **options)
-  if len(members) < MODELS_LEAVE_ONE_OUT:
-    return found, {}
-  among_shadows = protocol.leave_one_out(shadow_scores, members, **options)
-  return found, {name: leakage.Pool(rows, members) for name, rows in among_shadows.items()}
-
-
-def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
-  """Scores in one variant of the models as shadows [M, E, V] and as targets [T, E, V].
-
-  Raises:
-    ValueError: if there are not as many as the config says.
-  """
-  shadows = audit.load_scores(variant, "shadows")
-  guards.check_shadow_count(len(shadows["scores"]), expected=int(audit.sound["shadows"].sum()))
-  targets = audit.load_scores(variant, "targets") if "targets" in audit.members else shadows
-  return {
-    "shadow_scores": shadows["scores"],
-    "target_scores": targets["scores"],
-    "shadow_accuracy": shadows["accuracy"],
-    "target_accuracy": targets["accuracy"],
-    "bits_per_weight": targets["bits_per_weight"],
-    "size_kb": targets["size_kb"],
-    "calibration": targets.get("calibration"),
-  }
-
-
-def unit_records(audit: Audit, variant: Variant) -> list[dict]:
-  """What quantizing did to each unit, as means over all models."""
-  parts = [storage.load_arrays(audit.scores_path(variant, chunk)) for chunk in audit.chunks()]
-  arrays = {
-    name: np.concatenate([part[f"unit_{name}"] for part in parts], axis=1)
-    for name in ("error_before", "error_after", "steps", "seconds")
-  }
-  return [
-    records.make(
-      "unit",
-      **variant._asdict(),
-      unit=str(name),
-      error_nearest=float(arrays["error_before"][i].mean()),
-      error_after=float(arrays["error_after"][i].mean()),
-      steps=float(arrays["steps"][i].mean()),
-      seconds=float(arrays["seconds"][i].sum()),
-    )
-    for i, name in enumerate(parts[0]["unit_names"])
-  ]
-
-
-def warnings(audit: Audit, found: list[dict]) -> list[dict]:
-  """What a reader must know before trusting the numbers."""
-  sentences = {
-    group: left_out(np.flatnonzero(~sound), group)
-    for group, sound in audit.sound.items()
-    if not sound.all()
-  }
-  full = scores_of(audit, FULL_PRECISION)
-  mismatch = guards.accuracy_mismatch(full["shadow_accuracy"], full["target_accuracy"])
-  sentences["accuracy"] = mismatch
-  if "targets" not in audit.members:
-    sentences["protocol"] = guards.unbalanced_leave_one_out(audit.sound_members["shadows"])
-  leaks = records.select(found, "leakage")
-  fewest = min(record["num_non_members"] for record in leaks)
-  sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
-  for method in dict.fromkeys(record["method"] for record in records.select(found, "unit")):
-    rows = records.select(found, "unit", method=method)
-    idle = [record for record in rows if record["error_after"] >= record["error_nearest"] > 0]
-    if method != "nearest" and idle:
-      names = ", ".join(f"{r['unit']} at {r['levels']} levels" for r in idle[:3])
-      sentences[records.method_name(method)] = (
-        f"{len(idle)} of {len(rows)} units are no better than rounded to the nearest level, for "
-        f"example {names}; more or other calibration images may help."
-      )
-  return [
-    records.make("warning", about=about, message=message)
-    for about, message in sentences.items()
-    if message
-  ]
-
-
-def left_out(models, group: str) -> str:
-  """Why some models are not in the audit."""
-  numbers = ", ".join(map(str, models[:10])) + (", ..." if len(models) > 10 else "")
-  return (
-    f"{group} {numbers} are left out: their training, or that of the model on the complementary "
-    "half, ended in numbers that are not finite; a smaller train.learning_rate may help."
-  )
-
-
-def run_record(audit: Audit, inputs: str) -> dict:
-  """What ran, where, with what."""
-  data, config = audit.dataset, audit.config
-  count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
-  parameters = jax.eval_shape(
-    lambda: audit.model.init(jax.random.key(0), np.zeros((1, *data.image_shape), np.float32))
-  )["params"]
-  targets = config.train.targets
-  return records.run(
-    name=config.name,
-    config=settings.plain(config),
-    command=command_line(),
-    date=today(),
-    seconds=audit.seconds(),
-    data={
-      "name": data.name,
-      "pool_size": len(data.train_labels),
-      "test_size": len(data.test_labels),
-      "num_classes": data.num_classes,
-      "image_shape": data.image_shape,
-      "notes": data.notes,
-      "duplicates": count._asdict(),
-      "fingerprint": data.fingerprint,
-    },
-    model={
-      "name": config.model.name,
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
-    },
-    models=config.train.models,
-    targets=targets or config.train.models,
-    protocol="dedicated targets" if targets else "leave-one-out",
-    inputs=inputs,
-  )
-
-
-def fingerprint_of_inputs(audit: Audit, variants: list[Variant]) -> str:
-  """Changes with the attack's settings and with every score file."""
-  paths = [audit.scores_path(variant, chunk) for variant in variants for chunk in audit.chunks()]
-  stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths if p.exists()]
-  return settings.fingerprint([settings.plain(audit.config), stamps])
-
-
-def is_current(path, inputs: str) -> bool:
-  """Whether results were made from exactly these inputs."""
-  try:
-    runs = records.select(storage.read_records(path), "run")
-  except storage.CorruptFileError:
-    return False
-  return bool(runs) and runs[0].get("inputs") == inputs
-
-
-def attack_files(config, workdir: pathlib.Path, shadows: str, targets: str | None) -> None:
-  """Attacks saved scores and writes the same report as for an audit.
-
-  Raises:
-    ValueError: arrays that are missing or do not fit.
-    FileNotFoundError: no such file.
-  """
-  own = read_scores(shadows)
-  attacked = read_scores(targets) if targets else own
-  options = {"attacks": tuple(config.attack.attacks), "labels": own.get("labels")}
-  if targets:
-    found = protocol.dedicated_targets(own["scores"], own["members"], attacked["scores"], **options)
-  else:
-    found = protocol.leave_one_out(own["scores"], own["members"], **options)
-  key = jax.random.key(config.seed)
-  leaks = [
-    records.make(
-      "leakage",
-      **FULL_PRECISION._asdict(),
-      attacker="full_precision",
-      attack=name,
-      bits_per_weight=None,
-      size_kb=None,
-      test_accuracy=records.number(None),
-      **summarise(config.attack, jax.random.fold_in(key, number), rows, attacked["members"]),
-    )
-    for number, (name, rows) in enumerate(found.items())
-  ]
-  files = {"name": shadows if targets is None else f"{shadows}, {targets}"}
-  run_ = records.run(
-    name=pathlib.Path(shadows).stem,
-    config={"attack": settings.plain(config.attack), "seed": config.seed},
-    command=command_line(),
-    date=today(),
-    seconds={},
-    data=files | {"pool_size": own["scores"].shape[1]},
-    model={"name": "unknown"},
-    models=len(own["scores"]),
-    targets=len(attacked["scores"]),
-    protocol="dedicated targets" if targets else "leave-one-out",
-  )
-  storage.write_records(workdir / "results.jsonl", [run_, *leaks])
-  report.report(workdir)
-  print(tables.to_text(tables.attacks(leaks)))
-
-
-def read_scores(path: str) -> dict[str, np.ndarray]:
-  """`scores` [N, E, V], `members` and perhaps `labels` of an .npz file, checked.
-
-  Raises:
-    FileNotFoundError, ValueError: one sentence that names the file.
-  """
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f"{path} does not exist; --scores and --targets name .npz files.")
-  arrays = storage.load_arrays(path)
-  for name in ("scores", "members"):
-    if name not in arrays:
-      raise ValueError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}.")
-  scores, members = arrays["scores"], arrays["members"].astype(bool)
-  scores = scores[:, :, None] if scores.ndim == 2 else scores
-  if scores.ndim != 3 or members.shape != scores.shape[:2]:
-    raise ValueError(
-      f"{path} has scores of shape {arrays['scores'].shape} and members {members.shape}; they must "
-      "be [models, examples, views] and [models, examples]."
-    )
-  return arrays | {"scores": scores, "members": members}
-
-
-def command_line() -> str:
-  """How this program was called."""
-  return shlex.join(["python", "-m", f"launch.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
-
-
-def today() -> str:
-  return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    print(reporting.summary(reporting.report(workdir, listener=listener), workdir), flush=True)
 
 
 def main() -> None:
-  settings.launch(
-    run, config="configs/digits.py", workdir="runs/digits", description=__doc__, options=OPTIONS
+  flags.launch(
+    run, config="configs/digits.py", workdir=str(WORKDIR), description=__doc__, options=OPTIONS
   )
 
 

@@ -3,19 +3,23 @@
     bash launch/run audit
     python -m launch.audit --config configs/digits.py --workdir runs/digits
 
-Run it again and it does nothing but print the table; kill it and run it again and it goes on.
+Run it again and it does nothing but print the table; kill it and run it again and it goes on. Run
+it in several places on one workdir and they share the models out; whoever ends last attacks.
 """
 
-import jax
-
-from launch import attack, quantize, report, train_shadows
-from launch.workdir import open_audit, variant_name
-from ptq_jax import settings
+from launch import flags, progress
+from ptq_jax.audit import preflight, running
+from ptq_jax.audit.layout import variant_name
 
 
-def run(config, workdir) -> None:
-  """All stages on one workdir."""
-  audit = open_audit(config, workdir)
+def run(config, workdir, *, shard, models=None, verify=False) -> None:
+  """All stages on one workdir, or a check of what is in it."""
+  listener = progress.Lines()
+  audit = preflight.open_audit(config, workdir, trained=models, shard=shard, listener=listener)
+  if verify:
+    problems = preflight.verify(audit)
+    print("\n".join(problems) or f"{workdir} is whole.", flush=True)
+    raise SystemExit(flags.FAILURE if problems else 0)
   data, train = audit.dataset, config.train
   against = f"{train.targets} targets" if train.targets else "each of them target once"
   print(
@@ -25,15 +29,20 @@ def run(config, workdir) -> None:
     f"Everything goes to {workdir}.",
     flush=True,
   )
-  train_shadows.train(audit)
-  quantize.quantize(audit)
-  if jax.process_index() == 0:
-    attack.attack(audit)
-    report.report(audit.root)
+  result = running.run_stages(audit, command=flags.command_line())
+  if not result.records:
+    print("This process is done; others are at the rest, and the last of them attacks:", flush=True)
+  print(result, flush=True)
 
 
 def main() -> None:
-  settings.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+  flags.launch(
+    run,
+    config="configs/digits.py",
+    workdir="runs/digits",
+    description=__doc__,
+    switches={"verify": "Only check every file of the workdir and say what is wrong."},
+  )
 
 
 if __name__ == "__main__":

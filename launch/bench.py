@@ -10,7 +10,7 @@ import importlib
 import pathlib
 import sys
 
-from ptq_jax import settings
+from launch import flags
 
 BENCHMARKS = sorted(
   path.stem for path in (pathlib.Path(__file__).parent / "benchmarks").glob("[a-z]*.py")
@@ -25,7 +25,7 @@ def main() -> None:
     sys.exit(0)
   if name not in BENCHMARKS:
     print(f"error: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.", file=sys.stderr)
-    sys.exit(settings.USER_ERROR)
+    sys.exit(flags.USER_ERROR)
   importlib.import_module(f"launch.benchmarks.{name}").main(arguments)
 
 

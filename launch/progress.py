@@ -3,57 +3,59 @@
 import sys
 import time
 
+from ptq_jax.audit.events import Event
 
-class Progress:
-  """Counts units of work and prints a line with the time left; a context manager.
 
-  On a terminal the line is rewritten in place; elsewhere a new line is printed every ten seconds.
+class Lines:
+  """A listener that prints to a stream.
+
+  On a terminal the line of a stage is rewritten in place; elsewhere a new line is printed every ten
+  seconds.
   """
 
-  def __init__(self, stage: str, total: float, *, done: float = 0, stream=None):
-    self.stage, self.total, self.done = stage, total, done
+  def __init__(self, stream=None):
     self._stream = stream or sys.stderr
     self._live = self._stream.isatty()
-    self._start = self._printed = time.monotonic()
-    self._before = done  # work of an earlier run tells nothing about the speed of this one
-    self._note = ""
+    self._stage = ""
+    self._start = self._printed = 0.0
     self._width = 0
 
-  def __enter__(self) -> "Progress":
-    return self
+  def __call__(self, event: Event) -> None:
+    """Prints an event, or keeps it for later."""
+    now = time.monotonic()
+    if event.sentence:
+      self._clear()
+      self._write(event.sentence + "\n")
+      return
+    if event.stage != self._stage:
+      self._stage, self._start, self._printed = event.stage, now, now
+    if event.ended or now - self._printed > (0.2 if self._live else 10):
+      self._printed = now
+      self._show(event, now - self._start)
 
-  def __exit__(self, *exception) -> None:
-    self._print(final=exception[0] is None)
-    self._stream.write("\n" if self._live else "")
-    self._stream.flush()
-
-  def advance(self, amount: float, note: str = "") -> None:
-    """Adds finished work; `note` says in a few words what it was."""
-    self.done += amount
-    self._note = note or self._note
-    if time.monotonic() - self._printed > (0.2 if self._live else 10):
-      self._print()
-
-  def say(self, sentence: str) -> None:
-    """Prints a sentence on a line of its own."""
-    self._stream.write(("\r" + " " * self._width + "\r" if self._live else "") + sentence + "\n")
-    self._stream.flush()
-
-  def _print(self, final=False):
-    elapsed = time.monotonic() - self._start
-    share = min(self.done / self.total, 1.0) if self.total else 1.0
-    worked = self.done - self._before
-    if final:
+  def _show(self, event, elapsed):
+    share = min(event.done / event.total, 1.0) if event.total else 1.0
+    worked = event.done - event.before
+    if event.ended:
       rest = f"took {duration(elapsed)}"
     elif worked > 0:
-      rest = f"{duration(elapsed / worked * (self.total - self.done))} left"
+      rest = f"{duration(elapsed / worked * (event.total - event.done))} left"
     else:
       rest = "starting"
-    line = f"{self.stage:<14} {share:4.0%}  {rest}" + (f"  {self._note}" if self._note else "")
-    self._printed = time.monotonic()
+    line = f"{event.stage:<14} {share:4.0%}  {rest}" + (f"  {event.note}" if event.note else "")
     padded = line.ljust(self._width)
-    self._width = len(line)
-    self._stream.write(f"\r{padded}" if self._live else f"{line}\n")
+    self._width = 0 if event.ended else len(line)
+    self._write(
+      (f"\r{padded}" if self._live else line) + ("" if self._live and not event.ended else "\n")
+    )
+
+  def _clear(self):
+    if self._live and self._width:
+      self._write("\r" + " " * self._width + "\r")
+    self._width = 0
+
+  def _write(self, text):
+    self._stream.write(text)
     self._stream.flush()
 
 

@@ -7,10 +7,10 @@
 spelling; a value with commas goes in brackets: "quantize.levels=(3,4),(16,)". --dry_run prints the
 points and what they cost, and stops.
 
-Every combination is an audit in WORKDIR/points/POINT. Points whose seed, data, model and training
-are the same share their models in WORKDIR/trained, so each of these is trained once. The results of
-all points stand in WORKDIR/sweep.csv, sweep.jsonl and sweep.md. Run it again, and it goes on where
-it was.
+Every combination is an audit in WORKDIR/points/POINT, a command of its own that is printed and run;
+a scheduler may run them instead. Points whose seed, data, model and training are the same share
+their models in WORKDIR/trained, so each of these is trained once. The results of all points stand
+in WORKDIR/sweep.csv, sweep.jsonl and sweep.md. Run it again, and it goes on where it was.
 """
 
 import copy
@@ -18,21 +18,26 @@ import csv
 import dataclasses
 import io
 import itertools
-import os
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from launch import audit
-from launch.workdir import MAY_CHANGE, MAY_GROW, Audit
-from ptq_jax import settings, storage, trees
+from launch import flags as launching
+from ptq_jax import settings, storage
+from ptq_jax.audit import preflight, work
+from ptq_jax.audit.layout import Audit
 from ptq_jax.data import batches
 from ptq_jax.models import flops
 from ptq_jax.report import records, tables
+
+GROWING = ("train.models", "train.targets")
+"""Keys by which an audit may grow."""
 
 OPENING, CLOSING, QUOTES = "([{", ")]}", "'\""
 
@@ -66,21 +71,37 @@ class Point:
   @property
   def typed_values(self) -> dict:
     """The values by key, as the config has them."""
-    known = trees.flatten(settings.plain(self.config))
-    return {key: known[key.replace(".", trees.SEPARATOR)] for key in self.values}
+    return {key: settings.plain(settings.get(self.config, key)) for key in self.values}
+
+  def command(self, base: Sequence[str]) -> list[str]:
+    """The audit of this point, given the flags that all points share."""
+    values = [f"--config.{key}={value}" for key, value in self.values.items()]
+    where = [
+      f"--config.name={self.config.name}",
+      f"--workdir={self.root}",
+      f"--models={self.trained}",
+    ]
+    return [sys.executable, "-m", "launch.audit", *base, *values, *where]
 
 
-def run(config, workdir, *, sweep: Sequence[str], dry_run: bool = False) -> None:
+def run(
+  config, workdir, *, base: Sequence[str], sweep: Sequence[str], dry_run: bool = False
+) -> None:
   """All points of the grid, one after another.
 
   Args:
+    config: with which `base` starts an audit.
+    base: flags of every point.
     sweep: texts KEY=VALUE,VALUE.
     dry_run: only print the plan.
   Raises:
     ValueError: for a text of another form, or a point that makes no sense; nothing is computed.
+    RuntimeError: if a point fails.
   """
   points = make_points(config, workdir, parse_axes(sweep))
   print(describe(points), flush=True)
+  for point in points:
+    print(shlex.join(["python", *point.command(base)[1:]]), flush=True)
   if dry_run:
     return
   storage.require_writable(workdir)
@@ -88,15 +109,28 @@ def run(config, workdir, *, sweep: Sequence[str], dry_run: bool = False) -> None
   try:
     for number, point in enumerate(points, start=1):
       print(f"\nPoint {number} of {len(points)}: {point.name}", flush=True)
-      link_models(point)
-      audit.run(point.config, point.root)
-      if jax.process_index() == 0:  # the one that attacks and reports
-        finished.append((point, results_of(point)))
+      run_point(point, base)
+      finished.append((point, results_of(point)))
   finally:
     if finished:
       write_tables(finished, workdir)
       print(tables.to_text(joined_table(finished)))
       print(f"{workdir / 'sweep.csv'} has every number.", flush=True)
+
+
+def run_point(point: Point, base: Sequence[str]) -> None:
+  """Runs the audit of a point; a stop is passed on to it, and waited for."""
+  process = subprocess.Popen(point.command(base))
+  try:
+    process.wait()
+  except KeyboardInterrupt:
+    process.terminate()
+    process.wait()
+    raise
+  if process.returncode:
+    raise RuntimeError(
+      f"point {point.name} ended with code {process.returncode}; its own message says why."
+    )
 
 
 # ---- the grid ----
@@ -155,13 +189,14 @@ def make_points(
       if settings.plain(point.config) | {"name": own.name} == settings.plain(own):
         raise ValueError(f"--sweep gives the same point twice: {point.name}.")
     own.name = f"{config.name}, {point_name(values)}"
-    opened = Audit(own, workdir / "points" / point_name(values))
+    root = workdir / "points" / point_name(values)
+    opened = Audit(own, root, root / "models")
     source = settings.fingerprint(own.data)
     if source not in datasets:
       datasets = {source: opened.dataset}
     vars(opened)["dataset"] = datasets[source]
     try:
-      opened.check()
+      preflight.check(opened)
     except ValueError as error:
       raise ValueError(f"at {opened.root.name}: {error}") from error
     trained = workdir / "trained" / training_fingerprint(opened, swept=axes)
@@ -175,10 +210,10 @@ def with_values(config: settings.Config, values: Mapping[str, str]) -> settings.
   Raises:
     ValueError: for a key that the config does not have, or a value of another type.
   """
-  known = trees.flatten(settings.plain(config))
+  known = settings.dotted(settings.plain(config))
   arguments = ["sweep"]
   for key, value in values.items():
-    if key.replace(".", trees.SEPARATOR) not in known:
+    if key not in known:
       raise ValueError(f"--sweep names {key}, but the config has no such key; --help lists all.")
     arguments.append(f"--config.{key}={value}")
   parsed = flags.FlagValues()
@@ -205,19 +240,8 @@ def training_fingerprint(opened: Audit, *, swept: Mapping[str, Sequence[str]]) -
   How many models there are counts only where the sweep varies it: a finished sweep can be given
   more models, as an audit can.
   """
-  config = opened.settled
-  ignored = {*MAY_CHANGE, *(key for key in MAY_GROW if key not in swept)}
-  train = {key: value for key, value in config["train"].items() if f"train.{key}" not in ignored}
-  return settings.fingerprint([opened.dataset.fingerprint, config["seed"], config["model"], train])
-
-
-def link_models(point: Point) -> None:
-  """Makes the models of a point those that it shares with others."""
-  point.root.mkdir(parents=True, exist_ok=True)
-  point.trained.mkdir(parents=True, exist_ok=True)
-  link = point.root / "models"
-  if not link.is_symlink():
-    link.symlink_to(os.path.relpath(point.trained, point.root), target_is_directory=True)
+  counts = [settings.get(opened.config, key) for key in GROWING if key in swept]
+  return settings.fingerprint([opened.training_settings, opened.dataset.fingerprint, counts])
 
 
 # ---- what it costs ----
@@ -269,12 +293,11 @@ def describe(points: Sequence[Point]) -> str:
 
 def trained_models(trained: pathlib.Path) -> int:
   """How many models have finished their training in a shared folder."""
-  count = 0
-  for chunk in trained.glob("*-*-*"):
-    first, last = chunk.name.split("-")[-2:]
-    finished = any(path.name.isdigit() for path in (chunk / "trained").glob("*"))
-    count += (int(last) - int(first)) * finished
-  return count
+  found = work.read(trained)
+  chunks = found.chunks if found else ()
+  return sum(
+    len(chunk) for chunk in chunks if any((trained / chunk.name / "trained").glob("*.json"))
+  )
 
 
 def short(number: float) -> str:
@@ -344,8 +367,14 @@ def joined_table(finished: Sequence[tuple[Point, list[dict]]]) -> tables.Table:
 def main() -> None:
   sweep = flags.DEFINE_multi_string("sweep", [], "KEY=VALUE,VALUE; once per key.")
   dry_run = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, and stop.")
-  settings.launch(
-    lambda config, workdir: run(config, workdir, sweep=sweep.value, dry_run=dry_run.value),
+  own = ("--sweep", "--dry_run", "--nodry_run", "--workdir")
+  base = [
+    a for before, a in itertools.pairwise(sys.argv) if not a.startswith(own) and before not in own
+  ]
+  launching.launch(
+    lambda config, workdir, **_: run(
+      config, workdir, base=base, sweep=sweep.value, dry_run=dry_run.value
+    ),
     config="configs/digits.py",
     workdir="runs/sweep",
     description=__doc__,

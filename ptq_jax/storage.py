@@ -1,16 +1,23 @@
 """Files: Orbax checkpoints for trees, .npz for arrays, JSON lines for records.
 
 Every file appears whole or not at all: it is written under another name, flushed to the disk, and
-renamed. What cannot be read back is a `CorruptFileError`, which says what to do.
+renamed. What we wrote says what is in it, so that any damage is found when it is read back: that is
+a `CorruptFileError`. Nothing is deleted because it could not be read: only a checksum that does not
+match condemns a checkpoint, and then it is renamed to NAME.damaged.
 """
 
+import concurrent.futures
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,19 +32,22 @@ Path = pathlib.Path
 
 
 class CorruptFileError(ValueError):
-  """A file or checkpoint that exists but cannot be read back."""
+  """A file or checkpoint of ours that exists but does not hold what was written."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str, *, num_bytes: int | None = None) -> Iterator[Path]:
   """Yields a temporary path beside `path`; renames it to `path` when the block ends well.
 
+  Args:
+    path: what is to appear.
+    num_bytes: about how much is written, for the error.
   Raises:
     OSError: with a sentence, when the disk is full or the folder cannot be written. Whatever was at
       `path` before is still there.
   """
   path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     yield temporary
@@ -45,18 +55,28 @@ def replacing(path: Path | str) -> Iterator[Path]:
       os.fsync(written.fileno())
     temporary.replace(path)
   except OSError as error:
-    raise type(error)(
-      f"{path} could not be written ({error.strerror or error}); make room or choose another "
-      "--workdir. What was written before is intact: the same command goes on from there."
-    ) from error
+    raise _unwritten(path, error, num_bytes) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+
+
+def _unwritten(path, error, num_bytes):
+  """The sentence about something that could not be written, as the same kind of exception."""
+  needs = "" if num_bytes is None else f", it takes about {num_bytes:,} bytes"
+  reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+  kind = type(error) if isinstance(error, OSError) else OSError
+  return kind(
+    f"{path} could not be written ({reason[:200]}{needs}); make room or choose another --workdir. "
+    "What was written before is intact: the same command goes on from there."
+  )
 
 
 def write_text(path: Path | str, text: str) -> None:
   """Writes a text file atomically."""
-  with replacing(path) as temporary:
-    temporary.write_text(text, encoding="utf-8")
+  data = text.encode()
+  with replacing(path, num_bytes=len(data)) as temporary:
+    temporary.write_bytes(data)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -64,16 +84,23 @@ def write_json(path: Path | str, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
+def read_json(path: Path | str, kind: type = dict) -> Any:
   """Reads what `write_json` wrote.
 
+  Args:
+    path: of the file.
+    kind: what the document must be.
   Raises:
-    CorruptFileError: if it is not JSON.
+    FileNotFoundError: if there is no such file.
+    CorruptFileError: if it is not JSON, or of another kind.
   """
   try:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    value = json.loads(Path(path).read_text(encoding="utf-8"))
   except ValueError as error:
-    raise CorruptFileError(f"{path} is not readable JSON; delete it and run again.") from error
+    raise CorruptFileError(f"{path} is not readable JSON.") from error
+  if not isinstance(value, kind):
+    raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}.")
+  return value
 
 
 def write_records(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -89,75 +116,127 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     CorruptFileError: naming the line that is not a JSON object.
   """
   records = []
-  for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+  try:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+  except UnicodeDecodeError as error:
+    raise CorruptFileError(f"{path} is not UTF-8 text.") from error
+  for number, line in enumerate(lines, start=1):
     try:
       record = json.loads(line)
     except ValueError as error:
-      raise CorruptFileError(
-        f"{path}, line {number} is not JSON; delete it and run again."
-      ) from error
+      raise CorruptFileError(f"{path}, line {number} is not JSON.") from error
     if not isinstance(record, dict):
-      raise CorruptFileError(
-        f"{path}, line {number} is not a JSON object; delete it and run again."
-      )
+      raise CorruptFileError(f"{path}, line {number} is not a JSON object.")
     records.append(record)
   return records
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""First characters with which a spreadsheet takes a cell of text for a formula."""
+
+
+def csv_cell(value: Any) -> Any:
+  """A cell of CSV: text that a spreadsheet would run is quoted with an apostrophe.
+
+  >>> csv_cell("=cmd|x"), csv_cell("-1.5"), csv_cell(-1.5)
+  ("'=cmd|x", '-1.5', -1.5)
+  """
+  if not isinstance(value, str) or not value.startswith(FORMULA):
+    return value
+  with contextlib.suppress(ValueError):
+    float(value)
+    return value
+  return f"'{value}"
 
 
 def write_csv(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
   """Writes columns of equal length as comma-separated values with a header, atomically."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(columns)
-  writer.writerows(zip(*columns.values(), strict=True))
+  writer.writerow(map(csv_cell, columns))
+  writer.writerows([csv_cell(v) for v in row] for row in zip(*columns.values(), strict=True))
   write_text(path, text.getvalue())
 
 
+# ---- arrays ----
+
+CONTENTS = "contents.json"
+"""The member of an .npz file of ours that says what arrays there are, with their checksums."""
+
+
 def save_arrays(path: Path | str, **arrays: np.ndarray | Sequence[Any]) -> None:
-  """Writes named arrays to an .npz file atomically."""
-  with replacing(path) as temporary, temporary.open("wb") as file:
-    np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
+  """Writes named arrays to an .npz file atomically, and into it what they are."""
+  arrays = {name: np.asarray(array) for name, array in arrays.items()}
+  contents = json.dumps({name: _description(array) for name, array in arrays.items()})
+  size = sum(array.nbytes for array in arrays.values())
+  with replacing(path, num_bytes=size) as temporary:
+    with temporary.open("wb") as file:
+      np.savez(file, **arrays)
+    with zipfile.ZipFile(temporary, "a") as archive:
+      archive.writestr(CONTENTS, contents)
 
 
 def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
-  """Reads all arrays of an .npz file; the checksums in it are verified.
+  """Reads what `save_arrays` wrote, and checks names, shapes, dtypes and contents.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    CorruptFileError: if it is truncated or damaged.
+    OSError: if the disk does not give it.
+    CorruptFileError: if anything in it is not what was written.
   """
+  data = Path(path).read_bytes()  # apart, so that an error of the disk is not taken for damage
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in file.files}
-  except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-    if isinstance(error, FileNotFoundError):
-      raise
-    raise CorruptFileError(
-      f"{path} is corrupt ({error}); delete it and run again, only that part is computed anew."
-    ) from error
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+      contents = json.loads(archive.read(CONTENTS))
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+      arrays = {name: file[name] for name in contents}
+    wrong = [name for name, array in arrays.items() if _description(array) != contents[name]]
+  except Exception as error:  # damage in a zip archive comes out as any of a dozen exceptions
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise CorruptFileError(f"{path} is corrupt ({reason}).") from error
+  if wrong:
+    raise CorruptFileError(f"{path} is corrupt (the array {wrong[0]!r} is not what was written).")
+  return arrays
+
+
+def _description(array):
+  """What an array is, as JSON."""
+  return [array.dtype.str, list(array.shape), zlib.crc32(np.ascontiguousarray(array))]
+
+
+def digest(path: Path | str) -> str:
+  """SHA-256 of a file, hexadecimal."""
+  with Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_writable(directory: Path | str) -> Path:
   """Makes the directory if need be.
 
   Raises:
+    ValueError: for no name at all, or a URL.
     PermissionError, NotADirectoryError, OSError: one sentence, when nothing can be written there.
   """
+  if not str(directory).strip() or directory == Path():
+    raise ValueError("--workdir is empty; name the folder that everything is written to.")
+  scheme = str(directory).partition(":/")
+  if scheme[1] and len(scheme[0]) > 1 and scheme[0].isalnum():
+    raise ValueError(
+      f"--workdir {directory} is a URL; give a folder, such as one where that bucket is mounted."
+    )
   directory = Path(directory)
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f".writable.{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    reason = error.strerror or error
+    with tempfile.TemporaryFile(dir=directory):
+      pass
+  except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+    reason = getattr(error, "strerror", None) or error
     kind = PermissionError if isinstance(error, PermissionError) else NotADirectoryError
     raise kind(f"--workdir {directory} cannot be written ({reason}); choose another.") from error
   return directory
 
 
-RECORD = "record"
-"""Name of the array of a checkpoint that holds its metadata and checksums, as JSON."""
+# ---- checkpoints ----
 
 
 class Saved(NamedTuple):
@@ -166,142 +245,163 @@ class Saved(NamedTuple):
   step: int
   tree: PyTree | None  # NumPy arrays
   metadata: dict[str, Any]
-  skipped: tuple[str, ...]  # one sentence for each newer checkpoint that could not be read
+  skipped: tuple[str, ...]  # one sentence for each newer checkpoint that was damaged
 
 
 class Checkpoints:
   """Checkpoints of one tree over time: written in the background, atomic, the last two kept.
 
-  Orbax writes them. Where several processes run side by side, each with models of its own, .npz
-  files take their place: Orbax then expects all processes to save one tree together.
-
-  Every leaf has a checksum, so that damaged bytes are recognised and not trained on. Use it as a
-  context manager: leaving it waits until everything is on the disk.
+  Orbax writes DIRECTORY/STEP; when that is complete, DIRECTORY/STEP.json says what the tree is and
+  gives the checksum of every file, and only then the checkpoint counts. Use it as a context
+  manager: leaving it waits until everything is on the disk.
   """
 
   def __init__(self, directory: Path | str, *, keep: int = 2):
     self.directory = Path(directory).absolute()
-    files = jax.process_count() > 1 or any(self.directory.glob("*.npz"))
-    self._steps = (_FileSteps if files else _OrbaxSteps)(self.directory, keep)
+    self._keep = keep
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+    self._writing: concurrent.futures.Future | None = None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exception) -> None:
-    self._steps.close()
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
 
   def save(self, step: int, tree: PyTree, metadata: Mapping[str, Any]) -> None:
     """Copies the tree to the host and writes it in the background.
 
     Raises:
-      OSError: one sentence, if this or the write before failed; older checkpoints are intact.
+      OSError: one sentence, if the write before failed; older checkpoints are intact.
     """
     leaves = _leaves(jax.device_get(tree))
-    record = {"metadata": dict(metadata), "checksums": _checksums(leaves)}
-    text = json.dumps(record).encode().ljust(_record_bytes(leaves))
-    leaves[RECORD] = np.frombuffer(text, np.uint8)
-    try:
-      self._steps.save(step, leaves)
-    except (OSError, ValueError, RuntimeError) as error:
-      raise OSError(
-        f"a checkpoint in {self.directory} could not be written ({error}); make room or choose "
-        "another --workdir. Older checkpoints are intact: the same command goes on from there."
-      ) from error
+    self.wait()
+    self._writing = self._thread.submit(self._write, step, leaves, dict(metadata))
 
   def wait(self) -> None:
-    """Until everything saved is on the disk."""
-    self._steps.wait()
+    """Until everything saved is on the disk; raises what `save` raises."""
+    writing, self._writing = self._writing, None
+    if writing is not None:
+      writing.result()
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints that were completed, in ascending order."""
+    return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdigit())
 
   def restore(self, like: PyTree) -> Saved:
-    """The newest checkpoint that reads back whole; damaged ones are deleted and named.
+    """The newest checkpoint that is as it was written; damaged ones are renamed and named.
 
     Args:
       like: a tree of the same structure, shapes and dtypes: arrays or `jax.ShapeDtypeStruct`.
+    Raises:
+      ValueError: if the newest sound one holds another tree.
+      OSError, and whatever else reading raises: nothing is deleted or renamed then.
     """
+    self.wait()
     skipped = []
-    for step in sorted(self._steps.all(), reverse=True):
+    for step in reversed(self.steps()):
+      path = self.directory / str(step)
       try:
-        tree, metadata = self._read(step, like)
-        return Saved(step, tree, metadata, tuple(skipped))
-      except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        skipped.append(f"checkpoint {self.directory / str(step)} is corrupt ({reason})")
-        self._steps.delete(step)
+        record = self._checked(step)
+      except CorruptFileError as error:
+        aside = self._set_aside(step)
+        skipped.append(f"checkpoint {path} is damaged ({error}) and now called {aside.name}")
+        continue
+      _require_alike(path, record["leaves"], like)
+      return Saved(step, self._read(path, like), record["metadata"], tuple(skipped))
     return Saved(0, None, {}, tuple(skipped))
 
-  def _read(self, step, like):
-    expected = _leaves(like)
-    expected[RECORD] = np.empty(_record_bytes(expected), np.uint8)
-    saved = self._steps.load(step, expected)
-    leaves = {name: np.asarray(saved[name]) for name in expected}
-    record = json.loads(leaves.pop(RECORD).tobytes())
-    if _checksums(leaves) != record["checksums"]:
-      raise CorruptFileError("its checksums do not match")
-    tree = jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
-    return tree, record["metadata"]
+  def _read(self, path, like):
+    """The tree of a checkpoint, straight to the host: no device need hold all models."""
+    hosted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in _leaves(like).items()}
+    with _orbax() as checkpointer:
+      restored = checkpointer.restore(path, hosted)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in hosted])
+
+  def check(self, step: int) -> None:
+    """Raises CorruptFileError if any file of a checkpoint is not as it was written."""
+    self._checked(step)
+
+  def _checked(self, step):
+    """The record of a checkpoint whose files all have their checksums."""
+    envelope = read_json(self.directory / f"{step}.json")
+    record = envelope.get("record")
+    if envelope.get("checksum") != _checksum(record):
+      raise CorruptFileError(f"{step}.json does not match its checksum")
+    for name, (size, checksum) in record["files"].items():
+      path = self.directory / str(step) / name
+      if not path.is_file():
+        raise CorruptFileError(f"the file {name} is missing")
+      if path.stat().st_size != size or _file_checksum(path) != checksum:
+        raise CorruptFileError(f"the checksum of {name} does not match")
+    return record
+
+  def _set_aside(self, step):
+    """Renames what belongs to a step to a free name that ends in .damaged."""
+    number = 0
+    while (aside := self.directory / f"{step}{f'-{number}' if number else ''}.damaged").exists():
+      number += 1
+    aside.mkdir()
+    for name in (str(step), f"{step}.json"):
+      if (self.directory / name).exists():
+        (self.directory / name).rename(aside / name)
+    return aside
+
+  def _write(self, step, leaves, metadata):
+    """In the background: the arrays, then the record that makes them count, then older ones go."""
+    path = self.directory / str(step)
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+      (self.directory / f"{step}.json").unlink(missing_ok=True)
+      with _orbax() as checkpointer:
+        checkpointer.save(path, leaves, force=True)
+      files = {
+        str(file.relative_to(path)): [file.stat().st_size, _file_checksum(file)]
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+      }
+      described = {k: [leaf.dtype.name, list(leaf.shape)] for k, leaf in leaves.items()}
+      record = {"metadata": metadata, "leaves": described, "files": files}
+      write_json(self.directory / f"{step}.json", {"checksum": _checksum(record), "record": record})
+    except Exception as error:  # TensorStore reports a full disk as a ValueError
+      for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+      size = sum(leaf.nbytes for leaf in leaves.values())
+      raise _unwritten(path, error, size) from error
+    for old in self.steps()[: -self._keep]:
+      (self.directory / f"{old}.json").unlink()
+      shutil.rmtree(self.directory / str(old), ignore_errors=True)
 
 
-class _OrbaxSteps:
-  """Steps of a checkpoint as Orbax keeps them."""
+def _orbax():
+  """A checkpointer; Orbax takes seconds to import, and only training and quantizing need it."""
+  import orbax.checkpoint as ocp
 
-  def __init__(self, directory, keep):
-    import orbax.checkpoint as ocp  # takes seconds, and only training and quantizing need it
-
-    logging.getLogger("absl").addFilter(_is_serious)  # Orbax logs every step it takes
-    self._args = ocp.args
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(directory, options=options)
-    self.all, self.delete = self._manager.all_steps, self._manager.delete
-    self.wait, self.close = self._manager.wait_until_finished, self._manager.close
-
-  def save(self, step, leaves):
-    self._manager.save(step, args=self._args.StandardSave(leaves), force=True)
-
-  def load(self, step, expected):
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-      name: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=here)
-      for name, leaf in expected.items()
-    }
-    return self._manager.restore(step, args=self._args.StandardRestore(target))
+  logger = logging.getLogger("absl")
+  if _is_serious not in logger.filters:
+    logger.addFilter(_is_serious)  # Orbax logs every step it takes
+  return ocp.StandardCheckpointer()
 
 
-class _FileSteps:
-  """Steps of a checkpoint as one .npz file each."""
-
-  def __init__(self, directory, keep):
-    self._directory, self._keep = directory, keep
-
-  def all(self):
-    for path in self._directory.glob("[0-9]*"):
-      if path.is_dir():
-        raise ValueError(
-          f"{path} was written by a process alone; finish this audit without --distributed."
-        )
-    return [int(path.stem) for path in self._directory.glob("[0-9]*.npz")]
-
-  def delete(self, step):
-    (self._directory / f"{step}.npz").unlink()
-
-  def save(self, step, leaves):
-    save_arrays(self._directory / f"{step}.npz", **leaves)
-    for old in sorted(self.all())[: -self._keep]:
-      self.delete(old)
-
-  def load(self, step, expected):
-    del expected
-    return load_arrays(self._directory / f"{step}.npz")
-
-  def wait(self):
-    pass
-
-  def close(self):
-    pass
-
-
-def _record_bytes(leaves):
-  """Room for the metadata and the checksums of all leaves."""
-  return 4096 + 64 * len(leaves)
+def _require_alike(path, described, like):
+  """Raises ValueError if a checkpoint was made of other arrays."""
+  wanted = {name: [np.dtype(v.dtype).name, list(v.shape)] for name, v in _leaves(like).items()}
+  if described != wanted:
+    names = sorted(described.keys() | wanted.keys())
+    name = next(name for name in names if described.get(name) != wanted.get(name))
+    there, here = (
+      f"{one[name][0]}{one[name][1]}" if name in one else "nothing" for one in (described, wanted)
+    )
+    raise ValueError(
+      f"checkpoint {path} holds other arrays than these models ({len(described)} there, "
+      f"{len(wanted)} here; {name} is {there} there, {here} here); it was left as it is. Use the "
+      "version and the settings that wrote it, or another --workdir."
+    )
 
 
 def _is_serious(record):
@@ -313,5 +413,13 @@ def _leaves(tree):
   return {f"leaf_{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _checksums(leaves):
-  return {name: zlib.crc32(np.ascontiguousarray(leaf)) for name, leaf in leaves.items()}
+def _checksum(record):
+  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _file_checksum(path):
+  checksum = 0
+  with path.open("rb") as file:
+    while block := file.read(1 << 20):
+      checksum = zlib.crc32(block, checksum)
+  return checksum

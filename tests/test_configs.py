@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from launch import audit, sweep
-from launch.workdir import Audit
-from ptq_jax import models, settings, storage, trees
+from launch import flags, sweep
+from ptq_jax import audit, models, settings, storage, trees
 from ptq_jax.attack import protocol as protocols
+from ptq_jax.audit import preflight
+from ptq_jax.audit.layout import Audit
 from ptq_jax.data import augment
 from ptq_jax.quantize import METHODS, adaround, brecq
 from ptq_jax.report import records
@@ -20,6 +21,7 @@ from tests.data import pictures
 from tests.data import test_tfds_sets as made
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+HERE = pathlib.Path("nowhere")
 STUDIES = ("cifar10", "cifar100", "tiny_imagenet")
 PROTOCOLS = ("fast", "paper", "smoke")  # of all three studies
 
@@ -56,7 +58,7 @@ def test_a_sweep_of_the_last_layer_names_its_variants_once(tmp_path):
   config.quantize.levels = (3, 16)
   config.quantize.last_layer_levels = ("same",)
   config.quantize.sweep_last_layer_at = (3,)
-  variants = Audit(config, tmp_path).variants()
+  variants = Audit(config, tmp_path, tmp_path).variants()
   assert len(variants) == len(set(variants)) == 2 * (2 + 5)
   lasts = [v.last_layer_levels for v in variants if (v.method, v.levels) == ("obc", 3)]
   assert lasts == [3, 4, 8, 16, 256, None]
@@ -83,7 +85,7 @@ def test_a_recipe_changes_how_models_are_trained_and_nothing_else(name):
 def test_the_paper_s_protocol(name):
   """Section by section what arXiv 2512.15335 and its public code do."""
   config = load(name, "paper")
-  speed = ("models_per_chunk", "lowering", "checkpoint_minutes")
+  speed = ("models_per_chunk", "models_together", "lowering", "checkpoint_minutes")
   train = settings.named(config.train, "muon", *speed)
   assert train == {
     "optimizer": "sgd",
@@ -108,10 +110,16 @@ def test_the_paper_s_protocol(name):
     "members",
     ("flip", "crop4"),
   )
-  last = {variant[1:] for variant in Audit(config, pathlib.Path("nowhere")).variants()}
+  last = {variant[1:] for variant in Audit(config, HERE, HERE).variants()}
   usual = {(3, 256), (4, 256), (16, 256)} if name == "tiny_imagenet" else {(3, 256), (4, 4)}
   assert last == usual | ({(16, 16)} if name != "tiny_imagenet" else set())
-  options = {method: Audit(config, pathlib.Path()).method_options(method) for method in METHODS}
+  options = {
+    method: settings.arguments(
+      METHODS[method].quantize_stacked, config.quantize[method], "calibration_size"
+    )
+    | {"calibration_size": config.quantize[method].get("calibration_size")}
+    for method in config.quantize.methods
+  }
   grid = {"grid_options": {"include_zero": False}}
   assert options["adaround"] == grid | {
     "form": "mini_batch",
@@ -210,7 +218,7 @@ def test_an_audit_of_cifar10_as_tensorflow_datasets_prepares_it(cifar10, tmp_pat
 
 def test_an_unprepared_set_is_one_sentence_and_code_2(tmp_path):
   done = launch(tmp_path, tmp_path / "audit")
-  assert done.returncode == settings.USER_ERROR
+  assert done.returncode == flags.USER_ERROR
   assert done.stderr.startswith("error: the dataset 'cifar10' is not prepared in")
   assert "download_and_prepare" in done.stderr
   assert len(done.stderr.splitlines()) == 1
@@ -233,8 +241,8 @@ def test_the_paper_s_protocol_runs(cifar10, tmp_path):
       "quantize.obc.calibration_size": "8",
     },
   )
-  audit.run(config, tmp_path)
-  members = storage.load_arrays(tmp_path / "membership.npz")["target_members"]
+  audit.run(config, workdir=tmp_path)
+  members = storage.load_arrays(tmp_path / "membership.npz")["targets"]
   calibration = storage.load_arrays(next(tmp_path.glob("scores/obc-3-256/targets-*.npz")))
   assert calibration["calibration"].shape == (2, 8)
   assert np.take_along_axis(members, calibration["calibration"], axis=1).all()
@@ -248,7 +256,7 @@ def test_a_tiny_imagenet_archive_passes_the_checks(tmp_path):
   archive = pictures.write_zip(tmp_path / "tiny-imagenet-200.zip", files)
   values = {"data.path": str(archive), "data.pool_size": "6", "data.test_size": "4"}
   small = SMALL | values | {"train.batch_size": "3", "quantize.calibration_size": "3"}
-  opened = Audit(sweep.with_values(load("tiny_imagenet", "smoke"), small), tmp_path)
-  opened.check()
+  opened = Audit(sweep.with_values(load("tiny_imagenet", "smoke"), small), tmp_path, tmp_path)
+  preflight.check(opened)
   assert opened.model.num_classes == 2
   assert opened.dataset.image_shape == (8, 8, 3)

@@ -1,6 +1,4 @@
 import pathlib
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -52,7 +50,10 @@ def test_fingerprint_changes_with_any_value_and_not_with_order():
 
 def test_differences_name_dotted_keys():
   old, new = {"a": {"x": 1}, "gone": 2}, {"a": {"x": 1, "y": 3}}
-  assert settings.differences(old, new) == ["a.y is 3, was absent", "gone is absent, was 2"]
+  assert settings.differences(old, new) == {
+    "a.y": "a.y is 3, was absent",
+    "gone": "gone is absent, was 2",
+  }
 
 
 @pytest.mark.parametrize(
@@ -71,60 +72,59 @@ def test_load_reads_a_file_and_its_argument():
     settings.load("configs/nope.py")
 
 
-PROGRAM = """
-from ptq_jax import settings
-def run(config, workdir):
-  raise {error}
-settings.launch(run, config={config!r}, workdir="runs/x", description="Says hello.")
-"""
-
-
-def launch(*arguments, error="ValueError('the pool is empty.')", config="configs/digits.py"):
-  program = PROGRAM.format(error=error, config=config)
-  return subprocess.run(
-    [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+def write_config(path, *lines):
+  body = "".join(f"  {line}\n" for line in lines)
+  path.write_text(
+    "from ptq_jax import settings\n"
+    f"def get_config(arg=''):\n  config = settings.audit_defaults()\n{body}  return config\n"
   )
+  return str(path)
 
 
 @pytest.mark.parametrize(
-  ("arguments", "sentence"),
+  ("line", "sentence"),
   [
-    ((), "error: the pool is empty.\n"),
-    (("--config.train.epoch=3",), "no key 'train.epoch'; did you mean 'train.epochs'?"),
-    (("--config", "configs/digits.py", "--config.train.epoch=3"), "no key 'train.epoch'"),
-    (("--config=nope.py",), "nope.py"),
-    (("--config=configs/digits.py:epoch=3",), "error: config argument 'epoch=3' is not one of"),
-    (("--nope=1",), "Unknown command line flag 'nope'"),
-    (("word",), "'word' is not a flag"),
-    (("--config.train.epochs=many",), "invalid literal for int"),
+    ("config.train.epoch = 3", "no key 'epoch'; did you mean 'train.epochs'"),
+    ("config.trian = 3", "the config has no key 'trian'; did you mean 'train'"),
+    ("config.train.muon = dict(decay=3)", "no key 'train.muon.decay'; did you mean"),
+    ("config.train.models = 'many'", "cannot be cast"),
+    ("import there_is_no_such_module", "could not be read: No module named"),
+    ("return 3", "must return a ConfigDict"),
+    ("config.queries.view = 3", "did you mean 'queries.views'"),
   ],
 )
-def test_what_the_user_can_repair_is_one_sentence_and_code_2(arguments, sentence):
-  done = launch(*arguments)
-  assert done.returncode == settings.USER_ERROR
-  assert sentence in done.stderr
-  assert "Traceback" not in done.stderr
-  assert len(done.stderr.splitlines()) == 1
+def test_a_config_file_that_makes_no_sense_is_one_sentence(tmp_path, line, sentence):
+  path = write_config(tmp_path / "odd.py", line)
+  with pytest.raises(ValueError, match=sentence.replace("(", "\\(")) as caught:
+    settings.load(path)
+  assert "odd.py" in str(caught.value) or "no key" in str(caught.value)
+  assert len(str(caught.value).splitlines()) == 1
 
 
-def test_failures_are_code_1_and_debug_shows_the_traceback():
-  done = launch(error="RuntimeError('device lost')")
-  assert done.returncode == settings.FAILURE
-  assert done.stderr.startswith(
-    "error: RuntimeError: device lost (at <string>:4; --debug shows all)"
+def test_models_and_methods_may_have_options_of_their_own(tmp_path):
+  path = write_config(
+    tmp_path / "own.py", "config.model.hidden = 3", "config.quantize.obc.damping = 0.1"
   )
-  assert "Traceback" in launch("--debug", error="RuntimeError('device lost')").stderr
+  config = settings.load(path)
+  assert (config.model.hidden, config.quantize.obc.damping) == (3, 0.1)
 
 
-def test_interrupt_has_its_own_code():
-  done = launch(error="settings.Stopped(2)")
-  assert done.returncode == 130
-  assert "goes on from what is saved" in done.stderr
+def test_every_key_has_a_meaning_and_defaults_are_not_shared():
+  meanings = settings.descriptions()
+  assert meanings.keys() == settings.dotted(settings.plain(settings.audit_defaults())).keys()
+  assert all(meanings.values())
+  one = settings.audit_defaults()
+  one.train.models_per_chunk = 3
+  assert settings.audit_defaults().train.models_per_chunk == "auto"
 
 
-def test_help_explains():
-  done = launch("--help")
-  assert "Says hello." in done.stdout
-  assert "--workdir" in done.stdout
-  assert "train.epochs = 40" in done.stdout
-  assert done.returncode == 0
+def test_the_version_of_code_changes_with_any_of_its_files(tmp_path, monkeypatch):
+  (tmp_path / "part").mkdir()
+  (tmp_path / "part" / "one.py").write_text("1")
+  (tmp_path / "two.py").write_text("2")
+  monkeypatch.setattr(settings, "__file__", str(tmp_path / "settings.py"))
+  seen = {settings.code_version("part", "two")}
+  for name in ("part/one.py", "two.py", "part/three.py"):
+    (tmp_path / name).write_text("3")
+    assert settings.code_version("part", "two") not in seen
+    seen.add(settings.code_version("part", "two"))

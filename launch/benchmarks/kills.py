@@ -17,8 +17,9 @@ import time
 
 import numpy as np
 
-from launch.progress import Progress
+from launch import progress
 from ptq_jax import storage
+from ptq_jax.audit import events
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -36,15 +37,15 @@ def main(argv: list[str]) -> None:
     seconds = time.monotonic() - start
     print(f"uninterrupted: {seconds:.1f} s", flush=True)
     expected, killed, worst, rounds = _scores(whole), 0, 0.0, 0
-    with Progress("kills", options.times) as progress:
+    with events.Stage(progress.Lines(), "kills", options.times) as stage:
       while killed < options.times:
         workdir = pathlib.Path(folder, f"killed-{rounds}")
         moments = _run_with_kills(command, workdir, rng, seconds, options.times - killed)
         difference = _largest_difference(expected, _scores(workdir))
         worst, killed, rounds = max(worst, difference), killed + len(moments), rounds + 1
         when = ", ".join(f"{moment:.1f}" for moment in moments) or "never"
-        progress.say(f"killed after {when} s: largest difference {difference:.3g}")
-        progress.advance(len(moments))
+        stage.say(f"killed after {when} s: largest difference {difference:.3g}")
+        stage.advance(len(moments))
   print(f"{killed} kills in {rounds} audits; largest difference of a score {worst:.3g}")
   if worst:
     sys.exit(1)

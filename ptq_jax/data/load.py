@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -89,6 +90,37 @@ def load(
     raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
   whole = _read(name, data_dir=data_dir, path=path, cache_dir=cache_dir, image_size=image_size)
   return _select(name, whole, pool_size=pool_size, test_size=test_size, seed=seed)
+
+
+def from_arrays(
+  x_train: UInt8[np.ndarray, "N H W C"],
+  y_train: Int[np.ndarray, "N"],
+  x_test: UInt8[np.ndarray, "T H W C"],
+  y_test: Int[np.ndarray, "T"],
+  *,
+  class_names: Sequence[str] | None = None,
+  pool_size: int | None = None,
+  test_size: int | None = None,
+  seed: int = 0,
+) -> Dataset:
+  """The same from arrays at hand.
+
+  Args:
+    x_train, x_test: images as bytes.
+    y_train, y_test: labels from 0 on.
+    class_names: by label; None: the labels themselves.
+    pool_size, test_size, seed: as in `load`.
+  Raises:
+    ValueError: for arrays that are no labelled images.
+  """
+  names = ("x_train", "y_train", "x_test", "y_test")
+  whole = splits.checked(
+    *map(np.asarray, (x_train, y_train, x_test, y_test)),
+    class_names=None if class_names is None else tuple(map(str, class_names)),
+    source="the data",
+    names=names,
+  )
+  return _select("arrays", whole, pool_size=pool_size, test_size=test_size, seed=seed)
 
 
 def _read(name: str, *, data_dir, path, cache_dir, image_size) -> Splits:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,18 +25,31 @@ ALONE_FLOP = 3e8
 
 
 def mesh_for(num_models: int, *, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-  """A mesh of as many local devices as divide the number of models; None for a single one.
+  """A mesh of all local devices, but no more than there are models; None for a single one.
+
+  Where the devices do not divide the models, `place` repeats the last model; drop what comes out
+  beyond `num_models`.
 
   Args:
     num_models: length of the model axis.
     devices: to choose from; None: all of this process.
   """
   devices = jax.local_devices() if devices is None else devices
-  count = max(n for n in range(1, len(devices) + 1) if num_models % n == 0)
+  count = min(len(devices), num_models)
   if count == 1:
     return None
   types = (jax.sharding.AxisType.Auto,)
   return jax.make_mesh((count,), (AXIS,), axis_types=types, devices=devices[:count])
+
+
+def rounds(num_models: int, *, together: int, mesh: Mesh | None) -> list[slice]:
+  """Which models go to the devices at once, `together` to each; the last round may be smaller.
+
+  >>> rounds(5, together=2, mesh=None)
+  [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+  """
+  size = together * (mesh.size if mesh else 1)
+  return [slice(m, min(m + size, num_models)) for m in range(0, num_models, size)]
 
 
 def device_memory_bytes() -> int:
@@ -131,9 +145,29 @@ def on_devices(
     return list(threads.map(lambda job: call(*job), jobs))
 
 
-def place(tree: PyTree, mesh: Mesh | None, *, shared: bool = False) -> PyTree:
-  """Puts stacked models on the mesh, or with `shared` a copy of the tree on each device."""
+def place(tree: PyTree, mesh: Mesh | None, *, shared: bool = False, at_least: int = 0) -> PyTree:
+  """Puts stacked models on the mesh, or with `shared` a copy of the tree on each device.
+
+  Args:
+    tree: stacked models, or anything to be shared.
+    mesh: see `mesh_for`.
+    shared: whether every device gets all of it.
+    at_least: of so many models; the last one is repeated as often as needed for that, and for a
+      multiple of the number of devices.
+  """
+  count = mesh.size if mesh else 1
+  if not shared:
+    num_models = trees.length(tree)
+    missing = max(at_least, -(-num_models // count) * count) - num_models
+    if missing:
+      tree = jax.tree.map(lambda leaf: _repeat_last(leaf, missing), tree)
   if mesh is None:
     return jax.device_put(tree, jax.local_devices()[0])
   spec = PartitionSpec() if shared else PartitionSpec(AXIS)
   return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def _repeat_last(leaf, times):
+  """The leaf with its last row repeated; on the host where it lies there."""
+  numpy = np if isinstance(leaf, np.ndarray) else jnp
+  return numpy.concatenate([leaf, *[leaf[-1:]] * times])

@@ -130,7 +130,7 @@ class Predictor:
           kept.append(self._run_head(mesh, head, features, labels[positions])[:, start - first :])
       for row, kept in zip(rows, parts, strict=True):
         row.append(np.concatenate([np.asarray(part) for part in kept], axis=1))
-    return [np.concatenate(row) for row in rows]
+    return [np.concatenate(row)[:num_models] for row in rows]
 
 
 def is_correct(logits, labels):

@@ -6,17 +6,40 @@ result does not depend on who shares its chunk.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ptq_jax import trees
-from ptq_jax.base import Array, Int, Key, Keys, UInt8
+from ptq_jax.base import Array, ArrayLike, Int, Key, Keys, UInt8
 from ptq_jax.models import conv, parallel
 from ptq_jax.train import fit
+
+
+class Dispatch(NamedTuple):
+  """A chunk after some updates."""
+
+  step: int  # updates done, from the beginning
+  rounds: tuple[
+    fit.State, ...
+  ]  # of the models of each round, see `parallel.rounds`, on the devices
+  metrics: fit.Metrics  # [M], means over these updates; on the device, reading them waits for it
+  num_models: int
+
+  def states(self) -> fit.State:
+    """The states of all models, stacked."""
+    states = self.rounds[0] if len(self.rounds) == 1 else trees.concatenate(self.rounds)
+    return _first(states, self.num_models)
+
+  def on_host(self) -> fit.State:
+    """The same as NumPy arrays, without gathering them on a device."""
+    parts = jax.device_get(self.rounds)
+    states = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return _first(states, self.num_models)
 
 
 class Epoch(NamedTuple):
@@ -41,62 +64,123 @@ def init(keys: Keys, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) -
   return jax.jit(jax.vmap(one), compiler_options=options)(keys)
 
 
-def epochs(
+MOST_STEPS = 50
+"""Of a dispatch on an accelerator: between dispatches a stop can be taken."""
+
+
+def dispatches(
   states: fit.State,
   keys: Keys,
   recipe: fit.Recipe,
-  images: UInt8[Array, "E H W c"],
-  labels: Int[Array, "E"],
-  members: Int[Array, "M n"],
+  images: UInt8[ArrayLike, "E H W c"],
+  labels: Int[ArrayLike, "E"],
+  members: Int[ArrayLike, "M n"],
   *,
   first: int,
   last: int,
   steps_per_dispatch: int | None = None,
+  together: int | None = None,
   mesh: Mesh | None = None,
-) -> Iterator[Epoch]:
-  """Trains a chunk, one epoch per iteration; donates the states: do not use them again.
+) -> Iterator[Dispatch]:
+  """Trains a chunk, some updates per iteration; donates the states: do not use them again.
+
+  The models that share a program are `together` on each device, whatever the number of devices and
+  of models: with the same number the same models come out, on a CPU bit by bit. With another one
+  they differ by rounding, which training amplifies (see BUILD_NOTES.md).
 
   Args:
-    states: of `init`, or of the epoch from which to go on.
+    states: of `init`, or of the update from which to go on; on the host or a device.
     keys: [M], of `model_keys`.
     recipe: shared by all models.
     images: the pool, on the device once.
     labels: of the pool.
     members: [M, n], positions in the pool.
-    first: epochs done before.
-    last: epochs done at the end.
-    steps_per_dispatch: updates per call of the device. None: all of an epoch, but one on a CPU,
+    first: updates done before; need not be at the end of an epoch.
+    last: updates done at the end.
+    steps_per_dispatch: updates per call of the device. None: up to `MOST_STEPS`, but one on a CPU,
       where XLA runs a convolution inside a loop without threads.
+    together: models of one program on one device; None: see `models_together`.
     mesh: devices that share the models, see `models.parallel`; None: one device.
   """
-  states, keys, members = (parallel.place(tree, mesh) for tree in (states, keys, members))
+  num_models, steps = len(keys), members.shape[1] // recipe.batch_size
+  if together is None:
+    together = models_together(recipe, num_models, image_shape=images.shape[1:], mesh=mesh)
+  spread = parallel.rounds(num_models, together=together, mesh=mesh)
+  size = together * (mesh.size if mesh else 1)
+  place = functools.partial(parallel.place, mesh=mesh, at_least=size if len(spread) > 1 else 0)
+  parts = [place(trees.take(states, part)) for part in spread]
+  of_round = [place((keys[part], jnp.asarray(members[part]))) for part in spread]
   images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
+  dispatch = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else _even_part(steps))
+  step, epoch = first, None
+  while step < last:
+    if epoch != step // steps:
+      epoch = step // steps
+      indices = [_indices(*each, epoch, batch_size=recipe.batch_size) for each in of_round]
+    start, stop = step % steps, min(step % steps + dispatch, steps, step % steps + last - step)
+    found = [
+      _run(recipe, mesh, part, keys_, images, labels, rows[:, start:stop])
+      for part, (keys_, _), rows in zip(parts, of_round, indices, strict=True)
+    ]
+    parts = [states for states, _ in found]
+    metrics = [metrics for _, metrics in found]
+    metrics = metrics[0] if len(metrics) == 1 else trees.concatenate(metrics)
+    step += stop - start
+    yield Dispatch(step, tuple(parts), _first(metrics, num_models), num_models)
+
+
+def epochs(
+  states: fit.State,
+  keys: Keys,
+  recipe: fit.Recipe,
+  images: UInt8[ArrayLike, "E H W c"],
+  labels: Int[ArrayLike, "E"],
+  members: Int[ArrayLike, "M n"],
+  *,
+  first: int,
+  last: int,
+  **options,
+) -> Iterator[Epoch]:
+  """Trains a chunk, one epoch per iteration; donates the states: do not use them again.
+
+  Args:
+    states, keys, recipe, images, labels, members: as in `dispatches`.
+    first: epochs done before.
+    last: epochs done at the end.
+    **options: of `dispatches`.
+  """
+  steps = members.shape[1] // recipe.batch_size
+  parts, weights, before = [], [], first * steps
+  for done in dispatches(
+    states, keys, recipe, images, labels, members, first=before, last=last * steps, **options
+  ):
+    parts.append(done.metrics)
+    weights.append(done.step - before)
+    before = done.step
+    if done.step % steps == 0:
+      yield Epoch(done.step // steps, done.states(), mean(parts, weights))
+      parts, weights = [], []
+
+
+def models_together(
+  recipe: fit.Recipe, num_models: int, *, image_shape: tuple[int, ...], mesh: Mesh | None = None
+) -> int:
+  """How many models should share a program on a device: on a CPU big ones none, else all."""
   shares = parallel.shares(
-    recipe.model,
-    mesh,
-    num_models=len(keys),
-    batch_shape=(recipe.batch_size, *images.shape[1:]),
+    recipe.model, mesh, num_models=num_models, batch_shape=(recipe.batch_size, *image_shape)
   )
-  for epoch in range(first, last):
-    indices = _indices(keys, members, epoch, batch_size=recipe.batch_size)
-    size = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else indices.shape[1])
-    done = []
-    for share in shares:
-      part = states if len(shares) == 1 else trees.take(states, share)
-      done.append(_epoch(recipe, mesh, part, keys[share], images, labels, indices[share], size))
-    states, metrics = done[0] if len(done) == 1 else trees.concatenate(done)
-    yield Epoch(epoch + 1, states, metrics)
+  return 1 if len(shares) > 1 else -(-num_models // (mesh.size if mesh else 1))
 
 
-def _epoch(recipe, mesh, states, keys, images, labels, indices, steps_per_dispatch):
-  """States and mean metrics of some models after the steps that `indices` has."""
-  parts, weights = [], []
-  for start in range(0, indices.shape[1], steps_per_dispatch):
-    part = indices[:, start : start + steps_per_dispatch]
-    states, metrics = _run(recipe, mesh, states, keys, images, labels, part)
-    parts.append(metrics)
-    weights.append(part.shape[1])
-  return states, _mean(parts, weights)
+def _even_part(steps):
+  """The largest number of steps up to `MOST_STEPS` that divides an epoch, if it is not tiny."""
+  even = max(n for n in range(1, min(steps, MOST_STEPS) + 1) if steps % n == 0)
+  return even if even * 4 > min(steps, MOST_STEPS) else min(steps, MOST_STEPS)
+
+
+def _first(tree, count):
+  """The first models; the tree itself where these are all."""
+  return tree if trees.length(tree) == count else trees.take(tree, slice(count))
 
 
 def lowering_rates(
@@ -193,7 +277,7 @@ def _run(recipe, mesh, states, keys, images, labels, indices):
     return batched(states, keys, images, labels, indices)
 
 
-def _mean(parts, weights):
-  """Means over an epoch from means over its dispatches."""
+def mean(parts: Sequence[fit.Metrics], weights: Sequence[int]) -> fit.Metrics:
+  """Means over several dispatches from the means and the updates of each."""
   weights = jnp.array(weights, jnp.float32)
   return jax.tree.map(lambda *each: weights @ jnp.stack(each) / weights.sum(), *parts)

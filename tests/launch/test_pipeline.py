@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from launch import quantize, train_shadows, workdir
-from launch.progress import Progress
+from launch import flags
 from ptq_jax import settings, storage
+from ptq_jax.audit import events, layout, preflight, quantizing, training
 from ptq_jax.report import records
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -131,7 +131,7 @@ def audit_in(directory, **quantize_options):
     key, _, text = argument.removeprefix("--config.").partition("=")
     config.update_from_flattened_dict({key: parse(text)})
   config.quantize.update(quantize_options)
-  return workdir.Audit(config, directory)
+  return preflight.open_audit(config, directory)
 
 
 def test_images_are_drawn_from_whom_they_should_be(finished):
@@ -139,7 +139,7 @@ def test_images_are_drawn_from_whom_they_should_be(finished):
   chunk = audit.own_chunks()[0]
   rows = audit.members[chunk.group][chunk.first : chunk.last]
   for whom, count, share in (("members", 10, 1), ("non_members", 10, 0), ("all", 60, 0.5)):
-    positions, images = quantize.drawn_images(audit, chunk, "calibration", whom, count)
+    positions, images = quantizing.drawn_images(audit, chunk, "calibration", whom, count)
     assert images.shape == (len(chunk), count, *audit.dataset.image_shape)
     assert all(len(set(row)) == count for row in positions.tolist())
     assert np.take_along_axis(rows, positions, axis=1).mean() == share
@@ -244,15 +244,17 @@ def test_variants_of_other_last_layers_are_scored_together(finished, copied, mon
   audit = audit_in(
     copied, methods=("nearest",), levels=(3, 4), last_layer_levels=("same", "usual", "full")
   )
-  together, save = [], workdir.Audit.save_scores
+  together, save = [], layout.Audit.save_scores
 
   def observe(audit, packed, *arguments, **options):
     together.append([variant[1:] for variant in packed])
     save(audit, packed, *arguments, **options)
 
-  monkeypatch.setattr(workdir.Audit, "save_scores", observe)
+  monkeypatch.setattr(layout.Audit, "save_scores", observe)
   chunk = audit.own_chunks()[0]
-  quantize.quantize_chunk(audit, chunk, audit.variants(), Progress("quantize", 1))
+  quantizing.quantize_chunk(
+    audit, chunk, audit.variants(), events.Stage(events.silent, "quantize", 1)
+  )
   assert together == [[(3, 3), (3, 256), (3, None)], [(4, 4), (4, None)]]
   alone, in_company = (
     storage.load_arrays(root / "scores" / "nearest-3-3" / f"{chunk.name}.npz")
@@ -284,7 +286,7 @@ def test_damaged_models_are_named_and_trained_again(finished, copied):
     path.write_bytes(b"damaged")
   shutil.rmtree(copied / "scores" / "obc-3-3")
   done = launch("quantize", copied, METHODS)
-  assert done.returncode == settings.USER_ERROR
+  assert done.returncode == flags.USER_ERROR
   assert "missing or corrupt; run bash launch/run train_shadows again" in done.stderr
   assert launch("audit", copied, METHODS).returncode == 0
   assert_same(finished[0], copied)
@@ -328,7 +330,7 @@ def test_bad_settings_are_one_sentence_and_spoil_nothing(finished, arguments, se
     key, _, text = argument.removeprefix("--config.").partition("=")
     config.update_from_flattened_dict({key: parse(text)})
   with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-    workdir.open_audit(config, directory)
+    preflight.open_audit(config, directory)
   assert len(str(caught.value).splitlines()) == 1
   assert {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()} == before
 
@@ -342,7 +344,7 @@ def parse(text):
 
 def test_a_bad_setting_through_the_launcher(finished):
   done = launch("audit", finished[0], METHODS, "--config.train.epochs=3")
-  assert done.returncode == settings.USER_ERROR
+  assert done.returncode == flags.USER_ERROR
   assert "belongs to another config: train.epochs is 3, was 2" in done.stderr
   assert len(done.stderr.splitlines()) == 1
 
@@ -364,97 +366,100 @@ def test_stages_out_of_order_say_what_is_missing(tmp_path):
 def test_out_of_memory_halves_the_chunk(tmp_path, monkeypatch, capsys):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.train.models_per_chunk = 8
-  audit = workdir.open_audit(config, tmp_path)
+  audit = preflight.open_audit(config, tmp_path)
 
   def train_chunk(audit, chunk, progress):
     progress.advance(0)
     audit.model_directory(chunk).mkdir(parents=True)
     if len(chunk) > 2:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-    like = train_shadows.states_like(audit, chunk).variables
+    like = training.states_like(audit, chunk).variables
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
 
-  monkeypatch.setattr(train_shadows, "train_chunk", train_chunk)
-  train_shadows.train(audit)
+  monkeypatch.setattr(training, "train_chunk", train_chunk)
+  training.train(audit)
   names = sorted(path.name for path in (tmp_path / "models").iterdir())
   assert names == [f"shadows-{i:05d}-{i + 2:05d}" for i in (0, 2, 4, 6)]
   assert "out of memory with 8 models at once; going on with 4" in capsys.readouterr().err
-  assert len(audit.load_scores(workdir.FULL_PRECISION, "shadows")["scores"]) == 8
+  assert len(audit.load_scores(layout.FULL_PRECISION, "shadows")["scores"]) == 8
 
 
 def test_chunks_are_as_large_as_fits_unless_a_number_is_given(tmp_path, monkeypatch):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.train.models_per_chunk = "auto"
   for most, names in ((3, ["00000-00003", "00003-00006", "00006-00008"]), (99, ["00000-00008"])):
-    audit = workdir.open_audit(config, tmp_path)
-    monkeypatch.setattr(workdir.shadows, "largest_chunk", lambda *_, most=most, **__: most)
-    assert [chunk.name.removeprefix("shadows-") for chunk in audit.chunks()] == names
+    audit = preflight.open_audit(config, tmp_path)
+    monkeypatch.setattr(preflight.shadows, "largest_chunk", lambda *_, most=most, **__: most)
+    assert [chunk.name.removeprefix("shadows-") for chunk in audit.work.chunks] == names
   config.train.models_per_chunk = 4
-  assert [len(chunk) for chunk in workdir.open_audit(config, tmp_path).chunks()] == [4, 4]
+  assert [len(chunk) for chunk in preflight.open_audit(config, tmp_path).chunks()] == [4, 4]
 
 
 def test_the_lowering_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.train.lowering = "measure"
-  audit = workdir.open_audit(config, tmp_path)
-  chunk = audit.chunks()[0]
+  audit = preflight.open_audit(config, tmp_path)
+  chunk = audit.work.chunks[0]
   measured = []
   nothing = dict.fromkeys(("unrolled", "patches", "grouped"), 0.0)
-  monkeypatch.setattr(train_shadows.shadows, "lowering_rates", lambda *_, **__: nothing)
-  assert train_shadows.recipe_of(audit, chunk, Progress("train_shadows", 1)) == audit.recipe
+  monkeypatch.setattr(training.shadows, "lowering_rates", lambda *_, **__: nothing)
+  assert (
+    training.recipe_of(audit, chunk, events.Stage(events.silent, "train_shadows", 1))
+    == audit.recipe
+  )
 
   def rates(keys, recipe, images, labels, members, **_):
     measured.append(members.shape)
     return {"unrolled": 10.0, "patches": 30.0, "grouped": 20.0}
 
-  monkeypatch.setattr(train_shadows.shadows, "lowering_rates", rates)
+  monkeypatch.setattr(training.shadows, "lowering_rates", rates)
   for _ in range(2):
-    recipe = train_shadows.recipe_of(audit, chunk, Progress("train_shadows", 1))
+    recipe = training.recipe_of(audit, chunk, events.Stage(events.silent, "train_shadows", 1))
     assert recipe == audit.recipe._replace(lowering="patches")
   assert measured == [(len(chunk), 100)]
   assert capsys.readouterr().err.count("patches is fastest (images/s: unrolled 10, ") == 1
   config.train.lowering = "grouped"
-  assert workdir.open_audit(config, tmp_path).recipe.lowering == "grouped"
+  assert preflight.open_audit(config, tmp_path).recipe.lowering == "grouped"
 
 
 def test_a_training_with_muon_goes_on_from_its_checkpoint(tmp_path):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.train.optimizer = "muon"
-  whole, broken = (workdir.open_audit(config, tmp_path / name) for name in ("whole", "broken"))
-  chunk, progress = whole.chunks()[0], Progress("train_shadows", 1)
-  expected = train_shadows.train_epochs(whole, chunk, progress)
-  keys, *data = train_shadows.inputs(broken, chunk)
-  states = train_shadows.shadows.init(keys, broken.recipe, image_shape=(8, 8, 1))
-  first = next(train_shadows.shadows.epochs(states, keys, broken.recipe, *data, first=0, last=1))
+  whole, broken = (preflight.open_audit(config, tmp_path / name) for name in ("whole", "broken"))
+  chunk, progress = whole.chunks()[0], events.Stage(events.silent, "train_shadows", 1)
+  expected = training.train_updates(whole, chunk, progress)
+  keys, *data = training.inputs(broken, chunk)
+  states = training.shadows.init(keys, broken.recipe, image_shape=(8, 8, 1))
+  first = next(training.shadows.epochs(states, keys, broken.recipe, *data, first=0, last=1))
   with storage.Checkpoints(broken.model_directory(chunk) / "training") as checkpoints:
     checkpoints.save(1, first.states, {"chunk": chunk.name})
-  resumed = train_shadows.train_epochs(broken, chunk, progress)
+  resumed = training.train_updates(broken, chunk, progress)
   jax.tree.map(np.testing.assert_array_equal, resumed, expected)
 
 
 def test_a_workdir_older_than_a_setting_goes_on_with_its_default(tmp_path):
   config = settings.load(str(ROOT / "configs/smoke.py"))
-  workdir.open_audit(config, tmp_path)
+  preflight.open_audit(config, tmp_path)
   stored = storage.read_json(tmp_path / "config.json")
   del stored["config"]["train"]["optimizer"], stored["config"]["train"]["muon"]
   storage.write_json(tmp_path / "config.json", stored)
-  workdir.open_audit(config, tmp_path)
+  preflight.open_audit(config, tmp_path)
   storage.write_json(tmp_path / "config.json", stored)
   config.train.optimizer = "muon"
   with pytest.raises(ValueError, match=r"train\.optimizer is muon, was sgd"):
-    workdir.open_audit(config, tmp_path)
+    preflight.open_audit(config, tmp_path)
 
 
 def test_what_auto_means_belongs_to_the_workdir(tmp_path, monkeypatch):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.model.dtype = "auto"
-  assert workdir.open_audit(config, tmp_path).model.dtype == "float32"
+  assert preflight.open_audit(config, tmp_path).model.dtype == "float32"
   config.model.dtype = "float32"
-  workdir.open_audit(config, tmp_path)
+  preflight.open_audit(config, tmp_path)
   config.model.dtype = "auto"
-  monkeypatch.setattr(workdir.models.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(layout.models.jax, "default_backend", lambda: "gpu")
   with pytest.raises(ValueError, match=r"model\.dtype is bfloat16, was float32"):
-    workdir.open_audit(config, tmp_path)
+    preflight.open_audit(config, tmp_path)
 
 
 def npz(path, **changes):
@@ -482,7 +487,7 @@ def test_bad_images_are_one_sentence(tmp_path, changes, sentence):
   config = settings.load(str(ROOT / "configs/smoke.py"))
   config.data.name, config.data.path = "npz", str(npz(tmp_path / "data.npz", **changes))
   with pytest.raises(ValueError, match=sentence) as caught:
-    workdir.open_audit(config, tmp_path / "run")
+    preflight.open_audit(config, tmp_path / "run")
   assert len(str(caught.value).splitlines()) == 1
 
 

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from launch import audit, sweep
-from ptq_jax import settings, storage, trees
+from launch import flags, sweep
+from ptq_jax import audit, settings, storage, trees
+from ptq_jax.audit import preflight
 from ptq_jax.models import flops
 from ptq_jax.report import records
 
@@ -28,6 +29,9 @@ TINY = {
   "quantize.calibration_size": "10",
   "attack.resamples": "10",
 }
+
+
+BASE = ["--config=configs/smoke.py", *(f"--config.{key}={value}" for key, value in TINY.items())]
 
 
 def tiny_config():
@@ -107,7 +111,8 @@ def test_the_plan_counts_each_training_once(tmp_path):
   text = sweep.describe(points)
   images = 2 * 6 * 2 * 30  # trainings, models, epochs, members
   assert f"Trainings: 2, together 12 models (0 trained already), {images:,} images" in text
-  per_image = flops.training(audit.open_audit(tiny_config(), tmp_path).model, image_shape=(8, 8, 1))
+  opened = preflight.open_audit(tiny_config(), tmp_path / "one")
+  per_image = flops.training(opened.model, image_shape=(8, 8, 1))
   assert sweep.short(images * per_image) + "FLOP" in text
   assert f"Quantized models: {2 * 6 * (1 + 2)}." in text
   assert f"Scoring: {2 * 6 * (2 + 3) * (2 * 60 + 20):,} images" in text
@@ -121,9 +126,9 @@ def modified(root):
 def finished(tmp_path_factory):
   """A sweep over two numbers of levels, grown by a second seed."""
   root = tmp_path_factory.mktemp("sweep")
-  sweep.run(tiny_config(), root, sweep=["seed=0", "quantize.levels=3,4"])
+  sweep.run(tiny_config(), root, base=BASE, sweep=["seed=0", "quantize.levels=3,4"])
   before = modified(root / "points") | modified(root / "trained")
-  sweep.run(tiny_config(), root, sweep=["seed=0,1", "quantize.levels=3,4"])
+  sweep.run(tiny_config(), root, base=BASE, sweep=["seed=0,1", "quantize.levels=3,4"])
   return root, before
 
 
@@ -137,14 +142,14 @@ def test_what_is_there_is_not_computed_again(finished):
 def test_points_share_models_and_get_what_a_plain_audit_gets(finished, tmp_path):
   root, _ = finished
   shared = [
-    {(root / "points" / f"seed={seed},quantize.levels={levels}" / "models").resolve()
-     for levels in (3, 4)}
+    {point.trained for point in points_of(f"seed={seed}", "quantize.levels=3,4", workdir=root)}
     for seed in (0, 1)
-  ]  # fmt: skip
+  ]
+  assert len(list((root / "trained").iterdir())) == 2
   assert [len(paths) for paths in shared] == [1, 1]
   assert shared[0] != shared[1]
   config = sweep.with_values(tiny_config(), {"seed": "1", "quantize.levels": "4"})
-  audit.run(config, tmp_path)
+  audit.run(config, workdir=tmp_path)
   for path in tmp_path.glob("scores/*/*.npz"):
     of_point = root / "points" / "seed=1,quantize.levels=4" / path.relative_to(tmp_path)
     found, expected = (storage.load_arrays(each)["scores"] for each in (of_point, path))
@@ -184,18 +189,18 @@ def test_stopped_in_between_leaves_the_table_so_far(tmp_path, monkeypatch, finis
   root, _ = finished
   done = []
 
-  def stop_at_the_second(config, workdir):
-    done.append(workdir)
+  def stop_at_the_second(point, base):
+    done.append(point)
     if len(done) == 2:
       raise KeyboardInterrupt
     source = root / "points" / "seed=0,quantize.levels=3" / "results.jsonl"
     found = storage.read_records(source)
-    found[0]["config"] = settings.plain(config)
-    storage.write_records(workdir / "results.jsonl", found)
+    found[0]["config"] = settings.plain(point.config)
+    storage.write_records(point.root / "results.jsonl", found)
 
-  monkeypatch.setattr(audit, "run", stop_at_the_second)
+  monkeypatch.setattr(sweep, "run_point", stop_at_the_second)
   with pytest.raises(KeyboardInterrupt):
-    sweep.run(tiny_config(), tmp_path, sweep=["quantize.levels=3,4"])
+    sweep.run(tiny_config(), tmp_path, base=BASE, sweep=["quantize.levels=3,4"])
   values = {row["quantize.levels"] for row in csv.DictReader((tmp_path / "sweep.csv").open())}
   assert values == {"3"}
 
@@ -227,6 +232,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 
 def test_a_mistake_is_one_sentence_and_code_2(tmp_path):
   done = launch(f"--workdir={tmp_path}", "--sweep", "train.epoch=3")
-  assert done.returncode == settings.USER_ERROR
+  assert done.returncode == flags.USER_ERROR
   assert done.stderr.startswith("error: --sweep names train.epoch")
   assert len(done.stderr.splitlines()) == 1

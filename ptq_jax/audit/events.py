@@ -1,0 +1,48 @@
+"""How an audit tells what it does: events that it hands to a function of the caller's."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Event(NamedTuple):
+  """Where a stage is, or something to be said."""
+
+  stage: str
+  done: float = 0.0  # units of work, of this run and those before it
+  total: float = 0.0
+  before: float = 0.0  # units of work of the runs before: they tell nothing about the speed of this
+  note: str = ""  # in a few words what was done last
+  sentence: str = ""  # to be said once, on a line of its own
+  ended: bool = False
+
+
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+  """A listener that does nothing."""
+
+
+class Stage:
+  """Counts the work of a stage and tells the listener; a context manager."""
+
+  def __init__(self, listener: Listener, name: str, total: float, *, done: float = 0.0):
+    self._listener = listener
+    self._now = Event(name, done, total, before=done)
+
+  def __enter__(self) -> "Stage":
+    self._listener(self._now)
+    return self
+
+  def __exit__(self, kind, *exception) -> None:
+    if kind is None:
+      self._listener(self._now._replace(ended=True))
+
+  def advance(self, amount: float, note: str = "") -> None:
+    """Adds finished work; `note` says in a few words what it was."""
+    self._now = self._now._replace(done=self._now.done + amount, note=note or self._now.note)
+    self._listener(self._now)
+
+  def say(self, sentence: str) -> None:
+    """Tells a sentence."""
+    self._listener(self._now._replace(sentence=sentence))

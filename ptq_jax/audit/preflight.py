@@ -1,0 +1,335 @@
+"""Every check before anything is computed, and the opening of a workdir.
+
+What can be known before training is refused before training: a setting that makes no sense, data or
+a model that do not fit, a workdir of another audit. Nothing in the workdir changes then.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import settings, storage
+from ptq_jax.attack import protocol
+from ptq_jax.audit import work
+from ptq_jax.audit.layout import FULL_PRECISION, Audit
+from ptq_jax.data import augment
+from ptq_jax.models import conv, parallel
+from ptq_jax.quantize import METHODS, grid
+from ptq_jax.train import shadows
+
+MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
+"""Fewest shadows with which every example has two on each side: all there, or a pair left out."""
+
+CPU_CHUNK = 16
+"""Most models at once on a CPU, where more cost compilation and gain nothing."""
+
+
+def open_audit(
+  config: settings.Config, root: pathlib.Path | str, *, trained: pathlib.Path | str | None = None,
+  **more: Any,
+) -> Audit:  # fmt: skip
+  """Checks the whole config, then that the workdir is this audit's, and settles its work list.
+
+  Args:
+    config: of the audit.
+    root: its workdir.
+    trained: folder of the models; None: in the workdir. Several audits may share one.
+    **more: further fields of `Audit`.
+  Raises:
+    ValueError: a value that makes no sense, or a workdir of another config (the keys are named).
+    PermissionError, NotADirectoryError: a workdir that cannot be written.
+  """
+  with work.pinned_randomness():
+    settings.require_known_keys(config)
+    root = storage.require_writable(root)
+    trained = storage.require_writable(trained) if trained else root / "models"
+    audit = Audit(config, root, trained, **more)
+    check(audit)
+    require_own(audit)
+    counts = {"shadows": config.train.models, "targets": config.train.targets}
+    found = work.settle(
+      trained,
+      training=audit.training_settings,
+      data=audit.dataset.fingerprint,
+      counts=counts,
+      pool_size=len(audit.dataset.train_labels),
+      sizes=lambda models: sizes(audit, models),
+    )
+    vars(audit)["work"] = found
+    if found.random != work.random_sample() and not computed(audit):
+      raise ValueError(
+        f"this JAX ({jax.__version__}) draws other random numbers than the one that began {root} "
+        f"({found.versions.get('jax')}); go on with that one, or use another --workdir."
+      )
+    storage.write_json(root / "config.json", described(audit))
+    return audit
+
+
+def described(audit: Audit) -> dict:
+  """What config.json holds."""
+  return {"config": audit.settled, "data": audit.dataset.fingerprint}
+
+
+def computed(audit: Audit) -> bool:
+  """Whether all scores are there, so that no model has to be run."""
+  return not audit.missing([FULL_PRECISION, *audit.variants()])
+
+
+# ---- the workdir ----
+
+
+def require_own(audit: Audit) -> None:
+  """Raises ValueError, naming every key that differs and matters, if something was made otherwise.
+
+  What may differ: names, places of data with the same contents, how work is divided, which
+  variants are made, the attack; and settings on which nothing depends that is there.
+  """
+  stored = work.read(audit.trained)
+  before, about = {}, []
+  with contextlib.suppress(FileNotFoundError, storage.CorruptFileError):
+    document = storage.read_json(audit.root / "config.json")
+    before = document.get("config") if isinstance(document.get("config"), dict) else {}
+  if stored is not None:
+    known = _younger(stored.training, audit.training_settings)
+    about = list(settings.differences(known, audit.training_settings).values())
+    if stored.data != audit.dataset.fingerprint and not about:
+      sections = [{"data": each.get("data", {})} for each in (before, audit.settled)]
+      changed = "; ".join(settings.differences(*sections).values()) if before else ""
+      about = [changed or f"the {audit.config.data.name} data changed"]
+  for key, clause in settings.differences(before, audit.settled).items():
+    if before and _spoils(audit, key):
+      about.append(clause)
+  if about:
+    raise ValueError(
+      f"workdir {audit.root} belongs to another config: {'; '.join(about)}; use another --workdir "
+      "or delete it."
+    )
+
+
+def _spoils(audit, key):
+  """Whether scores or codes are there that depend on a key outside training."""
+  section, _, name = key.partition(".")
+  if section == "queries" and name != "batch_size":
+    return any((audit.root / "scores").glob("*/*.npz"))
+  free = ("methods", "levels", "last_layer_levels", "sweep_last_layer_at")
+  if section != "quantize" or name in free:
+    return False
+  method = name.partition(".")[0]
+  pattern = f"{method}-*/*.npz" if method in METHODS else "*-*/*.npz"
+  return any(any((audit.root / folder).glob(pattern)) for folder in ("scores", "quantized"))
+
+
+def _younger(stored, current):
+  """Stored settings, with the present value of sections' keys that were unknown then."""
+  return {
+    key: _younger(stored[key], value) if isinstance(value, dict) else stored.get(key, value)
+    for key, value in current.items()
+    if key in stored
+  } | {key: value for key, value in stored.items() if key not in current}
+
+
+# ---- how models are divided ----
+
+
+def sizes(audit: Audit, num_models: int) -> work.Sizes:
+  """Models of a chunk and of a program: the config's numbers, or with "auto" so that all work.
+
+  A chunk is what one process takes at once; all processes of `shard` should get some.
+  """
+  train, devices = audit.config.train, jax.local_devices()
+  total, together = len(devices) * audit.shard.count, train.models_together
+  if train.models_per_chunk != "auto":
+    per_chunk = train.models_per_chunk
+    mesh = parallel.mesh_for(min(per_chunk, num_models))
+    if together == "auto":
+      together = _together(audit, min(per_chunk, num_models), mesh)
+    return work.Sizes(per_chunk, together)
+  at_most = -(-num_models // total)
+  if devices[0].platform == "cpu":
+    at_most = min(at_most, CPU_CHUNK)
+  found = shadows.largest_chunk(
+    audit.recipe,
+    num_examples=len(audit.dataset.train_labels),
+    num_members=len(audit.dataset.train_labels) // 2,
+    image_shape=audit.dataset.image_shape,
+    memory_bytes=parallel.device_memory_bytes() * 9 // 10,
+    at_most=at_most,
+  )
+  per_chunk = found * len(devices)
+  if together == "auto":
+    together = _together(audit, found, None)
+  return work.Sizes(per_chunk, together)
+
+
+def _together(audit, num_models, mesh):
+  """On a CPU the same for any number of devices, so that its virtual ones change nothing."""
+  if jax.default_backend() == "cpu":
+    mesh = None
+  shape = audit.dataset.image_shape
+  return shadows.models_together(audit.recipe, num_models, image_shape=shape, mesh=mesh)
+
+
+# ---- the settings ----
+
+
+def check(audit: Audit) -> None:
+  """Raises ValueError for the first setting that makes no sense."""
+  config = audit.config
+  for key, fits, demand in _ranges(config):
+    value = settings.get(config, key)
+    if not fits(value):
+      raise ValueError(f"{key} is {value!r}; it must be {demand}.")
+  if audit.given_data is None and not str(config.data.name).strip():
+    raise ValueError("data.name is empty; use digits, npz, image_folder or a set's name.")
+  _check_models(config)
+  _check_quantize(audit)
+  for name in config.attack.attacks:
+    if name not in protocol.ATTACKS:
+      raise ValueError(f"attack {name!r} is unknown; there are {', '.join(protocol.ATTACKS)}.")
+  _check_data(audit)
+  assert audit.recipe  # made here, so that a bad model or optimizer is known now
+  _check_model(audit)
+  audit.plans(audit.variants())
+  members = len(audit.dataset.train_labels) // 2
+  if config.quantize.calibration_size > members:
+    audit.say(
+      f"quantize.calibration_size is {config.quantize.calibration_size}, but a model has {members} "
+      f"members; all of them calibrate it."
+    )
+
+
+def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
+  """Keys whose values must lie in a range, with the test and the range in words."""
+
+  def number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+  def at_least(least):
+    return lambda value: number(value) and value >= least, f"at least {least}"
+
+  def between(test, words):
+    return lambda value: number(value) and test(value), words
+
+  def division(value):
+    return value == "auto" or (isinstance(value, int) and value >= 1)
+
+  yield "train.models", *at_least(2)
+  yield "train.targets", *at_least(0)
+  yield "train.label_smoothing", *between(lambda v: 0 <= v < 1, "in [0, 1)")
+  yield "train.checkpoint_minutes", *between(lambda v: v > 0, "above 0")
+  for key in ("models_per_chunk", "models_together"):
+    yield f"train.{key}", division, "a number of models, or auto for as many as fit"
+  lowerings = ("auto", "measure", *conv.LOWERINGS)
+  yield "train.lowering", lambda v: v in lowerings, f"one of {', '.join(lowerings)}"
+  yield "queries.views", *at_least(1)
+  yield "queries.batch_size", *at_least(1)
+  yield "quantize.calibration_size", *at_least(1)
+  whom = ("members", "non_members")
+  yield "quantize.calibrate_on", lambda v: v in whom, "'members' or 'non_members'"
+  yield "attack.resamples", *at_least(2)
+  yield "attack.confidence", *between(lambda v: 0 < v < 1, "in (0, 1)")
+  yield "attack.exposed_share", *between(lambda v: 0 < v <= 1, "in (0, 1]")
+
+  def rates(values):
+    return len(values) > 0 and all(number(v) and 0 < v <= 1 for v in values)
+
+  yield "attack.fprs", rates, "false-positive rates in (0, 1], at least one"
+  yield "attack.attacks", lambda v: len(v) > 0, "at least one attack"
+  for key in ("train.augmentation", "queries.augmentation", "quantize.calibration_augmentation"):
+    augment.make(tuple(settings.get(config, key)))
+
+
+def _check_models(config):
+  """Enough shadows for two that trained on an example and two that did not."""
+  models = config.train.models
+  if models % 2:
+    raise ValueError(
+      f"train.models is {models}; models come in complementary pairs, so it must be even, for "
+      f"example {models + 1}."
+    )
+  needed = MODELS_DEDICATED if config.train.targets else MODELS_LEAVE_ONE_OUT
+  if models < needed:
+    raise ValueError(
+      f"train.models is {models}; LiRA needs two shadows that trained on an example and two "
+      f"that did not, so here at least {needed} models."
+    )
+
+
+def _check_quantize(audit):
+  """Methods, their options, and the precisions."""
+  quantize = audit.config.quantize
+  for method in quantize.methods:
+    if method not in METHODS:
+      raise ValueError(f"quantize.methods has {method!r}; choose among {', '.join(METHODS)}.")
+    size = quantize[method].get("calibration_size", 1)
+    if not (isinstance(size, int) and 1 <= size <= quantize.calibration_size):
+      raise ValueError(
+        f"quantize.{method}.calibration_size is {size}; it must be in 1.."
+        f"{quantize.calibration_size}, quantize.calibration_size."
+      )
+  for variant in audit.variants():
+    for levels in (variant.levels, variant.last_layer_levels or 2):
+      grid.check_levels(levels)
+
+
+def _check_data(audit):
+  """Images of at least two classes, some to test on."""
+  data = audit.dataset
+  for split, labels in (("pool", data.train_labels), ("test split", data.test_labels)):
+    if len(np.unique(labels)) < 2:
+      raise ValueError(
+        f"the {split} of {data.name} has examples of one class only; a classifier needs two."
+      )
+  for method in dict.fromkeys(audit.config.quantize.methods):
+    audit.method_options(method)
+
+
+def _check_model(audit):
+  """That the model takes the images and gives a number for each class."""
+  data = audit.dataset
+  images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
+  name = audit.config.model.name
+  try:
+    variables = jax.eval_shape(audit.model.init, jax.random.key(0), images)
+    logits = jax.eval_shape(audit.model.apply, variables, images)
+  except Exception as error:  # whatever a model of the user's raises
+    reason = " ".join(str(error).split())[:300]
+    raise ValueError(
+      f"model {name} cannot take images of shape {data.image_shape}: {type(error).__name__}: "
+      f"{reason}"
+    ) from error
+  if getattr(logits, "shape", None) != (2, data.num_classes):
+    raise ValueError(
+      f"model {name} gives {getattr(logits, 'shape', logits)} for 2 images of {data.num_classes} "
+      f"classes; it must give logits (2, {data.num_classes})."
+    )
+  for layer in audit.layers:
+    if not all((*layer.input_shape, *layer.output_shape)):
+      raise ValueError(
+        f"images of shape {data.image_shape} are too small for model {name}: nothing is left of "
+        f"them at {layer.path}; scale them up with data.image_size."
+      )
+
+
+def verify(audit: Audit) -> list[str]:
+  """One sentence for everything in a workdir that is missing or not as it was written."""
+  found = []
+  for chunk in audit.work.chunks:
+    with storage.Checkpoints(audit.model_directory(chunk) / "trained") as trained:
+      if not trained.steps():
+        found.append(f"models of {chunk.name} are not trained.")
+      for step in trained.steps():
+        try:
+          trained.check(step)
+        except storage.CorruptFileError as error:
+          found.append(f"checkpoint {trained.directory / str(step)} is damaged ({error}).")
+    for variant in [FULL_PRECISION, *audit.variants()]:
+      problem = audit.problem(variant, chunk)
+      if problem is not None:
+        found.append(problem or f"{audit.scores_path(variant, chunk)} is missing.")
+  return found

@@ -1,0 +1,144 @@
+"""An audit from raw data to a page, in one call."""
+
+import dataclasses
+import html
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from ptq_jax import settings
+from ptq_jax.audit import attacking, events, preflight, quantizing, reporting, training, work
+from ptq_jax.audit.layout import FULL_PRECISION, Audit
+from ptq_jax.data import load
+from ptq_jax.report import records
+
+SHORT = {
+  "models": "train.models",
+  "targets": "train.targets",
+  "epochs": "train.epochs",
+  "batch_size": "train.batch_size",
+  "learning_rate": "train.learning_rate",
+  "augmentation": "train.augmentation",
+  "methods": "quantize.methods",
+  "levels": "quantize.levels",
+}
+"""Names of settings that `run` takes without their section."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What an audit found, and where it lies."""
+
+  records: list[dict]
+  workdir: pathlib.Path
+  left: tuple[str, ...] = ()
+  """Chunks that other processes are at, in words; there are no records then."""
+
+  @property
+  def page(self) -> pathlib.Path:
+    """The page for a browser."""
+    return self.workdir / "index.html"
+
+  def frame(self) -> pd.DataFrame:
+    """One row per variant, attacker, attack and metric: value, low and high."""
+    return pd.DataFrame(
+      [
+        {
+          "method": record["method"],
+          "levels": record["levels"],
+          "last_layer_levels": record["last_layer_levels"],
+          "attacker": record["attacker"],
+          "attack": record["attack"],
+          "members": record["members"],
+          "metric": name,
+          **{part: number[part] for part in ("value", "low", "high")},
+        }
+        for record in records.select(self.records, "leakage")
+        for name, number in _numbers(record)
+      ]
+    )
+
+  def __str__(self) -> str:
+    return reporting.summary(self.records, self.workdir) if self.records else "\n".join(self.left)
+
+  def _repr_html_(self) -> str:
+    return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _numbers(record):
+  """Every number with an interval in a record, by the name of its metric."""
+  for name, value in record.items():
+    if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
+      yield name, value
+    elif name == "tpr":
+      yield from ((f"tpr at {n['fpr']:g} fpr", n) for n in value if n["rule"] == "at_most")
+
+
+def run(
+  config: settings.Config | None = None,
+  *,
+  workdir: pathlib.Path | str,
+  data: Any = None,
+  model: Any = None,
+  progress: events.Listener = events.silent,
+  **chosen: Any,
+) -> Result:
+  """Trains, quantizes, attacks and reports; goes on where an earlier call in the workdir was.
+
+  Args:
+    config: settings, of `settings.audit_defaults` or a config file; None: the defaults.
+    workdir: where everything is written.
+    data: (x_train, y_train, x_test, y_test), uint8 images [N, H, W, C] and integer labels [N];
+      a name of `data.load`, or a dict of its arguments; None: as the config says.
+    model: a Linen module for these images, or a function of `num_classes` that makes one; None: as
+      the config says.
+    progress: told what is done, see `events`.
+    **chosen: settings by name, those of `SHORT` as models=16, others as {"train.momentum": 0.9}.
+  Returns:
+    What was found.
+  Raises:
+    ValueError, OSError: one sentence, before anything is computed where it can be known by then.
+  """
+  config = settings.audit_defaults() if config is None else config.copy_and_resolve_references()
+  for name, value in chosen.items():
+    key = SHORT.get(name, name)
+    if key not in settings.dotted(settings.plain(config)):
+      known = f"{', '.join(SHORT)}, or a dotted key such as 'train.momentum'"
+      raise ValueError(f"audit.run has no setting {name!r}; it has {known}.")
+    config.update_from_flattened_dict({key: value})
+  more: dict[str, Any] = {"listener": progress}
+  if isinstance(data, str):
+    config.data.name = data
+  elif isinstance(data, Mapping):
+    config.data.update(data)
+  elif data is not None:
+    more["given_data"] = load.from_arrays(
+      *data, pool_size=config.data.pool_size, test_size=config.data.test_size
+    )
+    config.data.name = "arrays"
+  if model is not None:
+    if callable(model) and not hasattr(model, "apply"):
+      classes = (more.get("given_data") or load.load(**settings.named(config.data))).num_classes
+      model = model(num_classes=classes)
+    more["given_model"] = model
+    config.model = {"name": f"{type(model).__module__}:{type(model).__qualname__}",
+                    "given": " ".join(repr(model).split())}  # fmt: skip
+  return run_stages(preflight.open_audit(config, workdir, **more))
+
+
+def run_stages(audit: Audit, *, command: str = "") -> Result:
+  """All stages of an audit that was opened.
+
+  Where other processes work in the same workdir, whoever ends last attacks.
+  """
+  with work.pinned_randomness():
+    left = [*training.train(audit), *quantizing.quantize(audit)]
+    missing = audit.missing([FULL_PRECISION, *audit.variants()])
+    if missing:
+      return Result([], audit.root, tuple(left) or (f"{len(missing)} files of scores",))
+    with work.locked(audit.root / "locks" / "attack"):
+      attacking.attack(audit, command=command)
+      found = reporting.report(audit.root, listener=audit.listener)
+  return Result(found, audit.root)

@@ -1,0 +1,199 @@
+"""Training of the shadows, and the dedicated targets if there are any, chunk by chunk.
+
+Writes checkpoints of models and their scores in full precision. A run that was stopped goes on from
+its last checkpoint, to the same result.
+"""
+
+import functools
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq_jax import storage
+from ptq_jax.audit import stopping, work
+from ptq_jax.audit.events import Stage
+from ptq_jax.audit.layout import FULL_PRECISION, Audit
+from ptq_jax.audit.work import Chunk
+from ptq_jax.data import membership
+from ptq_jax.models import parallel
+from ptq_jax.quantize import pack
+from ptq_jax.train import fit, shadows
+
+
+def train(audit: Audit) -> list[str]:
+  """Trains what is missing and nobody else trains; returns who trains the rest, in words."""
+  chunks = audit.own_chunks()
+  pending = [chunk for chunk in chunks if audit.pending(FULL_PRECISION, chunk, audit.say)]
+  if not pending:
+    return []
+  epochs, busy = audit.config.train.epochs, []
+  total = sum(len(chunk) for chunk in chunks) * epochs
+  done = total - sum(len(chunk) for chunk in pending) * epochs
+  with audit.timed("train_shadows"), audit.stage("train_shadows", total, done=done) as stage:
+    for chunk in pending:
+      try:
+        with audit.locked(chunk):
+          if audit.pending(FULL_PRECISION, chunk):
+            finish_chunk(audit, chunk, stage)
+      except work.Busy as owner:
+        busy.append(f"{chunk.name}: {owner}")
+  return busy
+
+
+def finish_chunk(audit: Audit, chunk: Chunk, stage: Stage) -> None:
+  """Trains a chunk and writes its scores; with fewer models in a program if they do not fit."""
+  while True:
+    try:
+      variables = train_chunk(audit, chunk, stage)
+      break
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error) or chunk.together == 1:
+        raise
+      chunk = work.run_apart(audit.trained, chunk)
+      stage.say(
+        f"out of memory; going on with {chunk.together} models of {chunk.name} in a program. Set "
+        f"train.models_together={chunk.together} to begin so."
+      )
+  audit.save_scores({FULL_PRECISION: pack.pack(variables, {})}, chunk, variables)
+
+
+def train_chunk(audit: Audit, chunk: Chunk, stage: Stage):
+  """Trained variables of a chunk, stacked: from its checkpoint, or trained and then saved."""
+  directory, epochs = audit.model_directory(chunk), audit.config.train.epochs
+  with storage.Checkpoints(directory / "trained", keep=1) as trained:
+    saved = restore(audit, chunk, trained, states_like(audit, chunk).variables, stage.say)
+    if saved.tree is not None:
+      stage.advance(len(chunk) * epochs)
+      return saved.tree
+    variables = train_updates(audit, chunk, stage).variables
+    trained.save(epochs, variables, metadata(audit, chunk))
+  shutil.rmtree(directory / "training", ignore_errors=True)
+  return variables
+
+
+def metadata(audit: Audit, chunk: Chunk) -> dict:
+  """What a checkpoint says of itself: whose it is."""
+  rows = audit.members[chunk.group][chunk.first : chunk.last]
+  return {
+    "chunk": chunk.name,
+    "stamp": audit.work.stamp,
+    "members": int(np.packbits(rows).astype(np.uint64).sum()),
+    "together": chunk.together,
+  }
+
+
+def restore(audit: Audit, chunk: Chunk, checkpoints: storage.Checkpoints, like, say):
+  """What a chunk's checkpoints hold; says which were damaged.
+
+  Raises:
+    ValueError: if they belong to other models.
+  """
+  saved = checkpoints.restore(like)
+  for reason in saved.skipped:
+    where = f"going on from update {saved.step}" if saved.step else "starting anew"
+    say(f"{reason}; {where}.")
+  if saved.tree is not None:
+    own = metadata(audit, chunk)
+    for name in ("chunk", "stamp", "members"):
+      if saved.metadata.get(name) != own[name]:
+        raise ValueError(
+          f"the models in {checkpoints.directory} belong to another audit (their {name} is "
+          f"{saved.metadata.get(name)}, not {own[name]}); use another --workdir."
+        )
+  return saved
+
+
+def recipe_of(audit: Audit, chunk: Chunk, stage: Stage) -> fit.Recipe:
+  """The audit's recipe; with train.lowering="measure" it has what was fastest on this chunk.
+
+  Measured once per folder of models and kept in lowering.json there, so that all of it computes as
+  it began.
+  """
+  if audit.config.train.lowering != "measure":
+    return audit.recipe
+  path = audit.trained / "lowering.json"
+  with work.locked(audit.trained / "locks" / "lowering"):
+    try:
+      lowering = storage.read_json(path)["lowering"]
+    except (FileNotFoundError, storage.CorruptFileError, KeyError):
+      keys, *data = inputs(audit, chunk)
+      mesh = parallel.mesh_for(-(-len(chunk) // chunk.together))
+      rates = shadows.lowering_rates(keys, audit.recipe, *data, mesh=mesh, together=chunk.together)
+      lowering = max(rates, key=rates.get)
+      if not rates[lowering]:  # none fits; training will say so and go on with fewer models
+        return audit.recipe
+      each = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+      stage.say(f"convolutions of {len(chunk)} models: {lowering} is fastest (images/s: {each}).")
+      storage.write_json(path, {"lowering": lowering, "images_per_s": rates})
+  return audit.recipe._replace(lowering=lowering)
+
+
+def inputs(audit: Audit, chunk: Chunk) -> tuple:
+  """Keys, images, labels and members of a chunk, as `shadows.dispatches` takes them."""
+  members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
+  return (
+    shadows.model_keys(audit.key(chunk.group), jnp.asarray(chunk.ids)),
+    audit.dataset.train_images,
+    audit.dataset.train_labels,
+    members,
+  )
+
+
+def train_updates(audit: Audit, chunk: Chunk, stage: Stage) -> fit.State:
+  """Trains a chunk from where it was, with a checkpoint every few minutes and when stopped.
+
+  Returns its states on the host.
+  """
+  train = audit.config.train
+  recipe, (keys, *data) = recipe_of(audit, chunk, stage), inputs(audit, chunk)
+  steps = data[-1].shape[1] // recipe.batch_size
+  directory = audit.model_directory(chunk) / "training"
+  with storage.Checkpoints(directory) as checkpoints, stopping.deferred(stage.say) as stopped:
+    saved = restore(audit, chunk, checkpoints, states_like(audit, chunk), stage.say)
+    states = saved.tree
+    if states is None:
+      states = shadows.init(keys, recipe, image_shape=audit.dataset.image_shape)
+    stage.advance(len(chunk) * saved.step / steps)
+    last_saved, before, shown = time.monotonic(), saved.step, None
+    done = shadows.Dispatch(saved.step, (states,), None, len(chunk))
+    for done in shadows.dispatches(
+      states,
+      keys,
+      recipe,
+      *data,
+      first=saved.step,
+      last=train.epochs * steps,
+      together=chunk.together,
+      mesh=parallel.mesh_for(-(-len(chunk) // chunk.together)),
+    ):
+      if done.step % steps == 0 or stopped():
+        show(stage, chunk, shown)  # of the time before, while the device works on this one
+        shown = (done.step // steps, (done.step - before) / steps, done.metrics)
+        before = done.step
+      minutes = (time.monotonic() - last_saved) / 60
+      if stopped() or minutes > train.checkpoint_minutes:
+        checkpoints.save(done.step, done.on_host(), metadata(audit, chunk))
+        last_saved = time.monotonic()
+      if stopped():
+        checkpoints.wait()
+        raise stopped()
+    show(stage, chunk, shown)
+    return done.on_host()
+
+
+def show(stage: Stage, chunk: Chunk, done) -> None:
+  """Tells of an epoch, waiting for the device."""
+  if done is not None:
+    epoch, epochs, metrics = done
+    loss = float(metrics.loss.mean())
+    stage.advance(len(chunk) * epochs, f"{chunk.name}, epoch {epoch}, loss {loss:.3f}")
+
+
+def states_like(audit: Audit, chunk: Chunk) -> fit.State:
+  """Shapes and dtypes of a chunk's states."""
+  one = functools.partial(fit.init, recipe=audit.recipe, image_shape=audit.dataset.image_shape)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(chunk)))
+  return jax.eval_shape(jax.vmap(one), keys)
