@@ -100,7 +100,7 @@ def launch(
 
 def command_line() -> str:
   """How this program was called."""
-  return shlex.join(["python", "-m", f"launch.{pathlib.Path(sys.argv[0]).stem}", *sys.argv[1:]])
+  return shlex.join(["python", "-m", f"launch.{pathlib.Path(_ARGUMENTS[0]).stem}", *_ARGUMENTS[1:]])
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -122,15 +122,15 @@ def use_compilation_cache(directory: str | None) -> None:
 def _define_config(default):
   """--config; overrides of it are read already here.
 
-  Options of a model or a method that the config does not have yet are put into it first: absl's
-  flags know only keys that are there.
+  Options of models and methods are taken out and set later: absl's flags know only keys that the
+  config has already.
   """
-  for index, argument in enumerate(sys.argv):
+  for argument in _ARGUMENTS[1:]:
     key, equals, text = argument.removeprefix("--config.").partition("=")
-    section = key.rpartition(".")[0]
-    if argument.startswith("--config.") and equals and section in settings.OPEN_SECTIONS:
+    opened = key.startswith(tuple(f"{section}." for section in settings.OPEN_SECTIONS))
+    if argument.startswith("--config.") and equals and opened and key != "model.name":
       _OPEN[key] = _literal(text)
-      sys.argv[index] = f"--config={_path_of(sys.argv, default)}"
+      sys.argv.remove(argument)
   try:
     return config_flags.DEFINE_config_file(
       "config", default, "Python file with get_config(arg=''); FILE.py:ARG passes it ARG."
@@ -138,6 +138,9 @@ def _define_config(default):
   except BAD_CONFIG as error:
     sys.exit(_say(_unknown_key(sys.argv, default) or _unreadable(error), USER_ERROR))
 
+
+_ARGUMENTS = tuple(sys.argv)
+"""The command line as it was given."""
 
 _OPEN: dict[str, object] = {}
 """Values of --config.KEY in open sections, by key."""
@@ -203,9 +206,13 @@ def _checked(config):
     settings.load(_path_of(sys.argv, flags.FLAGS["config"].default))  # raises the reason, if it can
     raise ValueError("--config must name a file whose get_config() returns a ConfigDict.")
   for key, value in _OPEN.items():
-    section, _, name = key.rpartition(".")
-    with settings.get(config, section).unlocked():
-      settings.get(config, section)[name] = value
+    *parents, name = key.split(".")
+    section = config
+    for parent in parents:
+      if parent not in section:
+        section[parent] = settings.Config()
+      section = section[parent]
+    section[name] = value
   settings.require_known_keys(config)
   return config
 

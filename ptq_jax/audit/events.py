@@ -26,7 +26,7 @@ def silent(event: Event) -> None:
 class Stage:
   """Counts the work of a stage and tells the listener; a context manager."""
 
-  def __init__(self, listener: Listener, name: str, total: float, *, done: float = 0.0):
+  def __init__(self, listener: Listener, name: str, total: float | int, *, done: float | int = 0):
     self._listener = listener
     self._now = Event(name, done, total, before=done)
 
@@ -38,7 +38,7 @@ class Stage:
     if kind is None:
       self._listener(self._now._replace(ended=True))
 
-  def advance(self, amount: float, note: str = "") -> None:
+  def advance(self, amount: float | int, note: str = "") -> None:
     """Adds finished work; `note` says in a few words what it was."""
     self._now = self._now._replace(done=self._now.done + amount, note=note or self._now.note)
     self._listener(self._now)

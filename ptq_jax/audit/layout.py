@@ -364,7 +364,7 @@ class Audit:
     """Of what attacking and reporting write."""
     return Manifest(self.root)
 
-  def stage(self, name: str, total: float, *, done: float = 0.0) -> events.Stage:
+  def stage(self, name: str, total: float | int, *, done: float | int = 0) -> events.Stage:
     """Tells the listener of this audit what is done."""
     return events.Stage(self.listener, name, total, done=done)
 
@@ -422,6 +422,11 @@ class Manifest:
       if storage.digest(path) != digest:
         return f"{path} is not as it was written."
     return None
+
+  def verify(self) -> list[str]:
+    """A sentence for each group of files that is not as it was written."""
+    found = [self.problem(what, entry["source"]) for what, entry in self._read().items()]
+    return [problem for problem in found if problem]
 
   def require_same(self, what: str, path: pathlib.Path) -> None:
     """Raises CorruptFileError if a file was recorded and is not as it was written."""

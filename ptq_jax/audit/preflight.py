@@ -4,7 +4,6 @@ What can be known before training is refused before training: a setting that mak
 a model that do not fit, a workdir of another audit. Nothing in the workdir changes then.
 """
 
-import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,13 +65,18 @@ def open_audit(
         f"this JAX ({jax.__version__}) draws other random numbers than the one that began {root} "
         f"({found.versions.get('jax')}); go on with that one, or use another --workdir."
       )
-    storage.write_json(root / "config.json", described(audit))
+    described = {"config": audit.settled, "data": audit.dataset.fingerprint}
+    if _read_config(root) != described:
+      storage.write_json(root / "config.json", described)
     return audit
 
 
-def described(audit: Audit) -> dict:
-  """What config.json holds."""
-  return {"config": audit.settled, "data": audit.dataset.fingerprint}
+def _read_config(root):
+  """What config.json holds; it is bookkeeping, and is made anew where it is damaged."""
+  try:
+    return storage.read_json(root / "config.json")
+  except (FileNotFoundError, storage.CorruptFileError):
+    return {}
 
 
 def computed(audit: Audit) -> bool:
@@ -90,10 +94,8 @@ def require_own(audit: Audit) -> None:
   variants are made, the attack; and settings on which nothing depends that is there.
   """
   stored = work.read(audit.trained)
-  before, about = {}, []
-  with contextlib.suppress(FileNotFoundError, storage.CorruptFileError):
-    document = storage.read_json(audit.root / "config.json")
-    before = document.get("config") if isinstance(document.get("config"), dict) else {}
+  before, about = _read_config(audit.root).get("config"), []
+  before = before if isinstance(before, dict) else {}
   if stored is not None:
     known = _younger(stored.training, audit.training_settings)
     about = list(settings.differences(known, audit.training_settings).values())
@@ -102,7 +104,7 @@ def require_own(audit: Audit) -> None:
       changed = "; ".join(settings.differences(*sections).values()) if before else ""
       about = [changed or f"the {audit.config.data.name} data changed"]
   for key, clause in settings.differences(before, audit.settled).items():
-    if before and _spoils(audit, key):
+    if before and key in settings.dotted(before) and _spoils(audit, key):
       about.append(clause)
   if about:
     raise ValueError(
@@ -332,4 +334,4 @@ def verify(audit: Audit) -> list[str]:
       problem = audit.problem(variant, chunk)
       if problem is not None:
         found.append(problem or f"{audit.scores_path(variant, chunk)} is missing.")
-  return found
+  return found + audit.manifest.verify()
