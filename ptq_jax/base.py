@@ -4,10 +4,11 @@ M models, E examples, V views (augmented queries), C classes. The letters stand 
 strings: `Float[ArrayLike, "M E V"]`. Stacked models have the model axis first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped, UInt8
@@ -17,6 +18,9 @@ Array = jax.Array
 
 ArrayLike = jax.Array | np.ndarray
 """What our functions take: NumPy on the host or JAX on a device."""
+
+Nested = Sequence[Any]
+"""Lists of numbers, or of such lists: whatever NumPy can make an array of."""
 
 Key = PRNGKeyArray
 """A new-style random key, `jax.random.key(seed)`."""
@@ -30,6 +34,60 @@ PyTree = Any
 Variables = Mapping[str, Any]
 """Flax variables, `{"params": ..., "batch_stats": ...}`, of one model or stacked."""
 
+
+def on_device(*arrays) -> bool:
+  """Whether some of these are JAX arrays, traced or not: then work stays on their device."""
+  return any(isinstance(array, jax.Array) for array in arrays)
+
+
+def is_traced(*arrays) -> bool:
+  """Whether the values of some of these are unknown, inside `jit`, `vmap` or `grad`."""
+  return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def as_scores(scores, *, name: str = "scores"):
+  """An array of real numbers as it lies, on the host or on a device; flags become 0 and 1.
+
+  Raises:
+    ValueError: if it holds text, objects or complex numbers, or lists of different lengths.
+  """
+  try:
+    scores = scores if isinstance(scores, jax.Array) else np.asarray(scores)
+  except ValueError as error:
+    raise ValueError(f"{name} are not one array: {error}") from None
+  if scores.dtype == bool:
+    return scores.astype(np.uint8)
+  if not jnp.issubdtype(scores.dtype, jnp.integer) and not jnp.issubdtype(
+    scores.dtype, jnp.floating
+  ):
+    raise ValueError(f"{name} are of type {scores.dtype}; they must be real numbers.")
+  return scores.astype(np.float32) if scores.dtype.kind == "V" else scores
+
+
+def as_members(members, *, name: str = "members"):
+  """Membership as bool, on the host or on a device: True or 1 for a member, False or 0 for others.
+
+  Raises:
+    ValueError: if a value is anything else (-1, NaN, text), or if the values are traced and their
+      type is not bool, for they cannot be looked at then.
+  """
+  try:
+    members = members if isinstance(members, jax.Array) else np.asarray(members)
+  except ValueError as error:
+    raise ValueError(f"{name} are not one array: {error}") from None
+  if members.dtype == bool:
+    return members
+  numbers = members.dtype.kind in "iuf"
+  if is_traced(members) or not numbers:
+    where = "inside jit they" if numbers else "they"
+    raise ValueError(f"{name} are of type {members.dtype}; {where} must be bool.")
+  wrong = (members != 0) & (members != 1)
+  if bool(wrong.any()):
+    value = np.asarray(members[wrong]).ravel()[0]
+    raise ValueError(f"{name} hold {value!s}; they must be bool, or 0 and 1.")
+  return members.astype(bool)
+
+
 __all__ = [
   "Array",
   "ArrayLike",
@@ -38,8 +96,13 @@ __all__ = [
   "Int",
   "Key",
   "Keys",
+  "Nested",
   "PyTree",
   "Shaped",
   "UInt8",
   "Variables",
+  "as_members",
+  "as_scores",
+  "is_traced",
+  "on_device",
 ]

@@ -15,31 +15,33 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ptq_jax.attack import lira, rmia, threshold
-from ptq_jax.base import ArrayLike, Bool, Float, Int
+from ptq_jax.base import ArrayLike, Float, Int, Nested, Shaped, as_members
 
 LIRA: Mapping[str, lira.Variant] = {
   "lira_online": lira.Variant("online"),
   "lira_online_pooled": lira.Variant("online", "pooled"),
+  "lira_online_shrunk": lira.Variant("online", "shrunk"),
   "lira_online_reference": lira.Variant("online", "reference"),
   "lira_offline": lira.Variant("offline"),
   "lira_offline_pooled": lira.Variant("offline", "pooled"),
+  "lira_offline_shrunk": lira.Variant("offline", "shrunk"),
   "lira_offline_density": lira.Variant("offline", tail="density"),
   "lira_offline_density_reference": lira.Variant("offline", "reference", tail="density"),
 }
 ATTACKS = (*LIRA, "rmia_online", "rmia_offline", "loss_threshold", "class_threshold")
 """Names of all attacks."""
 
-LeftOut = Literal["target", "pair"]
+LeftOut = Literal["target", "pair", "balanced"]
 
 
 def leave_one_out(
-  scores: Float[ArrayLike, "M E V"],
-  members: Bool[ArrayLike, "M E"],
+  scores: Shaped[ArrayLike, "M E *V"] | Nested,
+  members: Shaped[ArrayLike, "M E"] | Nested,
   *,
-  audited_scores: Float[ArrayLike, "M E V"] | None = None,
+  audited_scores: Shaped[ArrayLike, "M E *V"] | Nested | None = None,
   attacks: Sequence[str] = ("lira_online", "lira_offline", "loss_threshold"),
   left_out: LeftOut | None = None,
-  labels: Int[ArrayLike, "E"] | None = None,
+  labels: Shaped[ArrayLike, "E"] | Nested | None = None,
   population: rmia.Population | None = None,
   block_size: int | None = None,
 ) -> dict[str, Float[np.ndarray, "M E"]]:
@@ -58,7 +60,11 @@ def leave_one_out(
         members (with no leakage and 16 models: AUC 0.48 and a TPR of 0.7 % at 1 % FPR).
       "pair": model t and the model trained on the complement (2k and 2k + 1 are partners, as
         `data.membership.paired` draws them). Both sides lose one shadow, and the bias is gone.
-      None: "pair" if the models are paired so, else "target".
+      "balanced": model t and, for each example, one random shadow of the other side: the same
+        without pairs (with no leakage: AUC 0.50). Which ones depends on nothing but the shape.
+      None: "pair" if the models are paired so; else "balanced" if the number of members of an
+        example varies less than half as much as by independent draws; else "target", for under
+        independent draws the others' counts tell nothing.
     labels, population, block_size: as `dedicated_targets`.
   Returns:
     Per attack float64[M, E], row t the attack on model t.
@@ -68,18 +74,18 @@ def leave_one_out(
   audited_scores = scores if audited_scores is None else audited_scores
   return _run(
     attacks,
-    _Inputs(scores, np.asarray(members), audited_scores, labels, population, block_size),
+    _Inputs(scores, members, audited_scores, labels, population, block_size),
     left_out_shadows(members, left_out=left_out),
   )
 
 
 def dedicated_targets(
-  shadow_scores: Float[ArrayLike, "M E V"],
-  shadow_members: Bool[ArrayLike, "M E"],
-  target_scores: Float[ArrayLike, "T E V"],
+  shadow_scores: Shaped[ArrayLike, "M E *V"] | Nested,
+  shadow_members: Shaped[ArrayLike, "M E"] | Nested,
+  target_scores: Shaped[ArrayLike, "T E *V"] | Nested,
   *,
   attacks: Sequence[str] = ("lira_online", "lira_offline", "loss_threshold"),
-  labels: Int[ArrayLike, "E"] | None = None,
+  labels: Shaped[ArrayLike, "E"] | Nested | None = None,
   population: rmia.Population | None = None,
   block_size: int | None = None,
 ) -> dict[str, Float[np.ndarray, "T E"]]:
@@ -98,35 +104,50 @@ def dedicated_targets(
   Raises:
     ValueError: an unknown name, too few shadows, or scores that do not fit.
   """
-  inputs = (shadow_scores, np.asarray(shadow_members), target_scores)
+  inputs = (shadow_scores, shadow_members, target_scores)
   return _run(attacks, _Inputs(*inputs, labels, population, block_size), None)
 
 
 def left_out_shadows(
-  members: Bool[ArrayLike, "M E"], *, left_out: LeftOut | None = None
-) -> Int[np.ndarray, "M K"]:
+  members: Shaped[ArrayLike, "M E"] | Nested, *, left_out: LeftOut | None = None
+) -> Int[np.ndarray, "M K *E"]:
   """For each model as target the models that its attacker does without; see `leave_one_out`.
 
   Raises:
     ValueError: if "pair" is asked for and some model 2k + 1 is not the complement of model 2k.
   """
-  members = np.asarray(members).astype(bool)
-  if left_out not in (None, "target", "pair"):
-    raise ValueError(f"left_out is {left_out!r}; it must be 'target', 'pair' or None.")
+  members = np.asarray(as_members(members))
+  if left_out not in (None, "target", "pair", "balanced"):
+    raise ValueError(f"left_out is {left_out!r}; it must be 'target', 'pair', 'balanced' or None.")
   models = np.arange(len(members))
   paired = len(members) % 2 == 0 and bool((members[::2] != members[1::2]).all())
   if left_out == "pair" and not paired:
     raise ValueError("left_out 'pair' needs model 2k + 1 trained on the complement of model 2k.")
-  if left_out == "target" or not paired:
+  if left_out is None:
+    left_out = "pair" if paired else "balanced" if _counts_are_fixed(members) else "target"
+  if left_out == "target":
     return models[:, None]
-  return np.stack([models, models ^ 1], axis=1)
+  if left_out == "pair":
+    return np.stack([models, models ^ 1], axis=1)
+  rng = np.random.default_rng(0)
+  others = []
+  for model in models:
+    rank = np.where(members != members[model], rng.random(members.shape), -1.0)
+    chosen = rank.argmax(axis=0)
+    others.append(np.where(rank.max(axis=0) >= 0, chosen, model))  # nobody on the other side
+  return np.stack([np.broadcast_to(models[:, None], members.shape), np.stack(others)], axis=1)
+
+
+def _counts_are_fixed(members):
+  rate = members.mean()
+  return members.sum(axis=0).var() < 0.5 * len(members) * rate * (1 - rate)
 
 
 class _Inputs(NamedTuple):
-  shadow_scores: ArrayLike
-  shadow_members: ArrayLike
-  target_scores: ArrayLike
-  labels: ArrayLike | None
+  shadow_scores: ArrayLike | Nested
+  shadow_members: ArrayLike | Nested
+  target_scores: ArrayLike | Nested
+  labels: ArrayLike | Nested | None
   population: rmia.Population | None
   block_size: int | None
 
@@ -149,7 +170,8 @@ def _run(attacks, inputs, left_out):
         *shadows, side=side, population=inputs.population, left_out=left_out, block_size=size
       )
   if "loss_threshold" in attacks:
-    rows = [threshold.loss_threshold(row) for row in inputs.target_scores]
+    scores = np.asarray(inputs.target_scores)
+    rows = [threshold.loss_threshold(np.asarray(row).reshape(len(row), -1)) for row in scores]
     results["loss_threshold"] = np.stack(rows)
   if "class_threshold" in attacks:
     results["class_threshold"] = threshold.attack_classes(

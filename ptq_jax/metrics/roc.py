@@ -1,15 +1,35 @@
 """Receiver operating characteristic on exact vertices: AUC, balanced accuracy, rates, precision.
 
 HIGHER SCORE MEANS MEMBER, everywhere. A vertex accepts every example whose score is at least its
-threshold, so equal scores are accepted together or not at all. Scores may be infinite (only their
-order counts); a NaN is an error. NumPy or JAX in, Python floats or NumPy out.
+threshold, so equal scores are accepted together or not at all. Scores may be of any real type and
+infinite (only their order counts): a score of +inf is accepted at every finite threshold. A NaN is
+an error.
+
+NumPy arrays and lists give Python floats and NumPy arrays. JAX arrays stay on their device and give
+JAX arrays, under `jax.jit` and `jax.vmap` too; what is an error when values are known gives NaN
+when they are traced. Counts are exact there, rates float32 (float64 if the scores are).
 """
 
 from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ptq_jax.base import ArrayLike, Bool, Float
+from ptq_jax.base import (
+  ArrayLike,
+  Float,
+  Nested,
+  Shaped,
+  as_members,
+  as_scores,
+  is_traced,
+  on_device,
+)
+
+Real = float | Float[jax.Array, ""]
+Scores = Shaped[ArrayLike, "E"] | Nested
+Members = Shaped[ArrayLike, "E"] | Nested
 
 Rule = Literal["at_most", "below"]
 RULES: tuple[Rule, ...] = ("at_most", "below")
@@ -17,13 +37,16 @@ RULES: tuple[Rule, ...] = ("at_most", "below")
 
 
 class Curve(NamedTuple):
-  """Vertices of a ROC curve, from nobody accepted to everybody accepted."""
+  """Vertices of a ROC curve, from nobody accepted to everybody accepted.
 
-  fpr: Float[np.ndarray, "K"]  # false positives / non-members, non-decreasing from 0 to 1
-  tpr: Float[np.ndarray, "K"]  # true positives / members, non-decreasing from 0 to 1
-  thresholds: Float[np.ndarray, "K"]  # accept scores >= threshold; +inf at the first vertex
-  false_positives: np.ndarray  # int[K]
-  true_positives: np.ndarray  # int[K]
+  On a device there are E + 1, those of equal scores repeating the vertex before.
+  """
+
+  fpr: Float[ArrayLike, "K"]  # false positives / non-members, non-decreasing from 0 to 1
+  tpr: Float[ArrayLike, "K"]  # true positives / members, non-decreasing from 0 to 1
+  thresholds: Float[ArrayLike, "K"]  # accept scores >= threshold; +inf (nobody) at the first vertex
+  false_positives: ArrayLike  # int[K]
+  true_positives: ArrayLike  # int[K]
 
 
 class Point(NamedTuple):
@@ -31,12 +54,12 @@ class Point(NamedTuple):
 
   tpr: float  # true positives / members
   fpr: float  # false positives / non-members, the realised rate
-  threshold: float  # accept scores >= threshold
+  threshold: float  # accept scores >= threshold; +inf accepts nobody
   true_positives: int
   false_positives: int
 
 
-def curve(scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E"]) -> Curve:
+def curve(scores: Scores, members: Members) -> Curve:
   """All vertices of the ROC curve, one per distinct score, and the origin.
 
   No vertex is dropped: collinear vertices are vertices, and the rates at them are reachable.
@@ -48,21 +71,44 @@ def curve(scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E"]) -> Curve
     ValueError: if a score is NaN, the lengths differ, or there is no member or no non-member.
   """
   scores, members = _checked(scores, members)
-  order = np.argsort(-scores, kind="stable")
+  if on_device(scores, members):
+    return _device_curve(scores, members)
+  order = np.argsort(scores, kind="stable")[::-1]
   ordered = scores[order]
   last_of_tie = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
   true_positives = np.append(0, np.cumsum(members[order])[last_of_tie])
   false_positives = np.append(0, last_of_tie + 1) - true_positives
+  thresholds = ordered[last_of_tie].astype(np.float64)
   return Curve(
     fpr=false_positives / false_positives[-1],
     tpr=true_positives / true_positives[-1],
-    thresholds=np.append(np.inf, ordered[last_of_tie]),
+    thresholds=np.append(np.inf, np.minimum(thresholds, np.finfo(np.float64).max)),
     false_positives=false_positives,
     true_positives=true_positives,
   )
 
 
-def auc(scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E"]) -> float:
+@jax.jit
+def _device_curve(scores, members):
+  dtype = jnp.promote_types(scores.dtype, jnp.float32)
+  order = jnp.argsort(scores)[::-1]
+  ordered, inside = scores[order], members[order]
+  is_vertex = jnp.append(ordered[1:] != ordered[:-1], True)
+  counts = [jnp.cumsum(side.astype(jnp.int32)) for side in (inside, ~inside)]
+  found = [
+    jnp.append(0, jax.lax.cummax(jnp.where(is_vertex, count, 0))).astype(count.dtype)
+    for count in counts
+  ]
+  wide = jnp.minimum(ordered.astype(dtype), jnp.finfo(dtype).max)
+  last = jax.lax.cummin(jnp.where(is_vertex, wide, jnp.inf))
+  none = (found[0][-1] == 0) | (found[1][-1] == 0)
+  if jnp.issubdtype(scores.dtype, jnp.floating):
+    none |= jnp.isnan(scores).any()
+  tpr, fpr = [jnp.where(none, jnp.nan, side / side[-1].astype(dtype)) for side in found]
+  return Curve(fpr, tpr, jnp.append(jnp.asarray(jnp.inf, dtype), last), found[1], found[0])
+
+
+def auc(scores: Scores, members: Members) -> Real:
   """Area under the ROC curve: the chance that a member outscores a non-member, ties counting half.
 
   Raises:
@@ -71,7 +117,7 @@ def auc(scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E"]) -> float:
   return area(curve(scores, members))
 
 
-def balanced_accuracy(scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E"]) -> float:
+def balanced_accuracy(scores: Scores, members: Members) -> Real:
   """Largest (TPR + 1 - FPR) / 2 over all thresholds, in [1/2, 1].
 
   The threshold is picked on the scores it is judged by, so this is optimistic for small sets: with
@@ -84,12 +130,12 @@ def balanced_accuracy(scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E
 
 
 def tpr_at_fpr(
-  scores: Float[ArrayLike, "E"],
-  members: Bool[ArrayLike, "E"],
+  scores: Scores,
+  members: Members,
   *,
   fpr: float,
   rule: Rule = "at_most",
-) -> float:
+) -> Real:
   """Largest true-positive rate at a false-positive rate at most (or below) `fpr`.
 
   Ties count on the cautious side: equal scores are accepted together or not at all.
@@ -110,23 +156,48 @@ def tpr_at_fpr(
 
 
 def precision_at_fpr(
-  scores: Float[ArrayLike, "E"],
-  members: Bool[ArrayLike, "E"],
+  scores: Scores,
+  members: Members,
   *,
   prior: float,
   fpr: float,
   rule: Rule = "at_most",
-) -> float:
+) -> Real:
   """Share of members among the accepted, were a share `prior` of all candidates members.
 
-  prior * TPR / (prior * TPR + (1 - prior) * fpr), with the *nominal* rate `fpr` in place of the
-  realised one: the realised rate is at most `fpr` and may be zero by luck, so this is cautious.
+  prior * TPR / (prior * TPR + (1 - prior) * rate), where `rate` is what the threshold can promise
+  for new non-members, `chance`, and not the share of these, which may be zero by luck.
 
   Raises:
     ValueError: as `tpr_at_fpr`, or `prior` outside (0, 1).
   Reference: Jayaraman et al. 2021, arXiv:2005.10881.
   """
-  return precision(tpr_at_fpr(scores, members, fpr=fpr, rule=rule), fpr, prior=prior)
+  found = curve(scores, members)
+  rate = chance(found.false_positives[-1], fpr=fpr, rule=rule)
+  return _plain(precision(point_at_fpr(found, fpr=fpr, rule=rule).tpr, rate, prior=prior))
+
+
+def chance(num_non_members, *, fpr: float, rule: Rule = "at_most"):
+  """What a guesser reaches at a false-positive rate judged on so many non-members.
+
+  A threshold between the non-members number k and k + 1 from the top, k the most that `fpr` allows,
+  is passed by another draw from the same distribution with probability (k + 1) / (n + 1): so much
+  TPR shows an attack that knows nothing, and so often the threshold accuses new non-members.
+
+  >>> chance(8, fpr=0.01), round(chance(749, fpr=1e-5), 5), round(chance(25_000, fpr=0.001), 5)
+  (0.1111111111111111, 0.00133, 0.00104)
+
+  Args:
+    num_non_members: n, a number or an array.
+    fpr, rule: as `tpr_at_fpr`.
+  """
+  n = num_non_members
+  k = (n * fpr) // 1
+  if rule == "at_most":
+    k = k + ((k + 1) / n <= fpr) - (k / n > fpr)
+  else:
+    k = k + ((k + 1) / n < fpr) - (k / n >= fpr)
+  return (k + 1) / (n + 1)
 
 
 def precision(tpr, fpr, *, prior: float):
@@ -137,18 +208,20 @@ def precision(tpr, fpr, *, prior: float):
   """
   if not 0 < prior < 1:
     raise ValueError(f"prior is {prior}; it must lie in (0, 1).")
-  accepted = prior * np.asarray(tpr) + (1 - prior) * np.asarray(fpr)
-  return np.where(accepted > 0, prior * np.asarray(tpr) / np.maximum(accepted, 1e-300), 0.0)[()]
+  library = jnp if on_device(tpr, fpr) else np
+  tpr, fpr = library.asarray(tpr), library.asarray(fpr)
+  accepted = prior * tpr + (1 - prior) * fpr
+  return library.where(accepted > 0, prior * tpr / library.maximum(accepted, 1e-30), accepted)[()]
 
 
-def area(curve: Curve) -> float:
+def area(curve: Curve) -> Real:
   """Area under the vertices joined by straight lines (so that ties count half)."""
-  return float(np.sum(np.diff(curve.fpr) * (curve.tpr[1:] + curve.tpr[:-1])) / 2)
+  return _plain(((curve.fpr[1:] - curve.fpr[:-1]) * (curve.tpr[1:] + curve.tpr[:-1])).sum() / 2)
 
 
-def best_balanced_accuracy(curve: Curve) -> float:
+def best_balanced_accuracy(curve: Curve) -> Real:
   """Largest (TPR + 1 - FPR) / 2 over the vertices."""
-  return float(np.max(1 + curve.tpr - curve.fpr) / 2)
+  return _plain((1 + curve.tpr - curve.fpr).max() / 2)
 
 
 def point_at_fpr(curve: Curve, *, fpr: float, rule: Rule = "at_most") -> Point:
@@ -157,57 +230,60 @@ def point_at_fpr(curve: Curve, *, fpr: float, rule: Rule = "at_most") -> Point:
     raise ValueError(f"fpr is {fpr}; it must lie in (0, 1].")
   if rule not in ("at_most", "below"):
     raise ValueError(f"rule is {rule!r}; it must be 'at_most' or 'below'.")
-  side = "right" if rule == "at_most" else "left"
-  last = int(np.searchsorted(curve.fpr, fpr, side=side)) - 1
-  return Point(
-    tpr=float(curve.tpr[last]),
-    fpr=float(curve.fpr[last]),
-    threshold=float(curve.thresholds[last]),
-    true_positives=int(curve.true_positives[last]),
-    false_positives=int(curve.false_positives[last]),
-  )
+  found, limit = curve.fpr, fpr
+  if on_device(found):  # a rate is rounded there: compare counts, with room for that of the limit
+    limit = fpr * curve.false_positives[-1] * (1 + (1e-6 if rule == "at_most" else -1e-6))
+    found = curve.false_positives + 0 * curve.fpr
+  allowed = found <= limit if rule == "at_most" else found < limit
+  last = allowed.sum() - 1
+  names = ("tpr", "fpr", "thresholds", "true_positives", "false_positives")
+  return Point(*(_plain(getattr(curve, name)[last]) for name in names))
 
 
-def point_at_threshold(
-  scores: Float[ArrayLike, "E"], members: Bool[ArrayLike, "E"], *, threshold: float
-) -> Point:
+def point_at_threshold(scores: Scores, members: Members, *, threshold: Real | int) -> Point:
   """The rates realised by a threshold that was set elsewhere, for example on shadow models.
+
+  A threshold of +inf accepts nobody, every other one all scores of +inf.
 
   Raises:
     ValueError: as `curve`.
   """
   scores, members = _checked(scores, members)
-  accepted = scores >= threshold
-  true_positives, false_positives = (
-    int((accepted & members).sum()),
-    int((accepted & ~members).sum()),
-  )
-  return Point(
-    tpr=true_positives / int(members.sum()),
-    fpr=false_positives / int((~members).sum()),
-    threshold=float(threshold),
-    true_positives=true_positives,
-    false_positives=false_positives,
-  )
+  accepted = (scores >= threshold) & (threshold < np.inf)
+  found = [(accepted & side).sum() for side in (members, ~members)]
+  tpr, fpr = [count / side.sum() for count, side in zip(found, (members, ~members), strict=True)]
+  threshold = threshold if isinstance(threshold, jax.Array) else float(threshold)
+  return Point(*map(_plain, (tpr, fpr)), threshold, *map(_plain, found))
 
 
-def tpr_on_grid(curve: Curve, fpr: Float[ArrayLike, "K"]) -> Float[np.ndarray, "K"]:
+def tpr_on_grid(curve: Curve, fpr: Float[ArrayLike, "G"]) -> Float[ArrayLike, "G"]:
   """Largest TPR at FPR at most each value of a grid: the curve as steps, to average and plot."""
-  return curve.tpr[np.searchsorted(curve.fpr, np.asarray(fpr), side="right") - 1]
+  library = jnp if on_device(curve.fpr) else np
+  return curve.tpr[library.searchsorted(curve.fpr, library.asarray(fpr), side="right") - 1]
+
+
+def _plain(number):
+  """A number of the host as Python's; one on a device as it is."""
+  return number if isinstance(number, jax.Array) else number.item()
 
 
 def _checked(scores, members):
-  scores, members = np.asarray(scores), np.asarray(members).astype(bool)
+  scores, members = as_scores(scores), as_members(members)
   if scores.ndim != 1 or scores.shape != members.shape:
     raise ValueError(
       f"scores {scores.shape} and members {members.shape} must be of one length; for several "
       "targets call once per target."
     )
-  if not members.any() or members.all():
+  if on_device(scores, members):
+    scores, members = jnp.asarray(scores), jnp.asarray(members)
+    if is_traced(scores, members):
+      return scores, members
+  if not bool(members.any()) or bool(members.all()):
     raise ValueError(
       f"{int(members.sum())} of {len(members)} examples are members; a ROC curve needs both "
       "members and non-members."
     )
-  if np.isnan(scores).any():
-    raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN; no order.")
+  if jnp.issubdtype(scores.dtype, jnp.floating) and bool((scores != scores).any()):
+    count = int((scores != scores).sum())
+    raise ValueError(f"{count} of {len(scores)} scores are NaN; no order.")
   return scores, members

@@ -1,7 +1,7 @@
 """The attacks as plain loops over examples and views, from the formulas."""
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 
 def lira(shadow_scores, shadow_members, target_scores, variant):
@@ -18,15 +18,37 @@ def lira(shadow_scores, shadow_members, target_scores, variant):
     groups = [group(inside, e, v) for e in range(num_examples) for v in range(num_views)]
     if variance == "reference":
       return np.std(np.concatenate(groups))
-    return np.sqrt(np.average([np.var(g) for g in groups], weights=[len(g) for g in groups]))
+    squares = sum(len(g) * np.var(g) for g in groups)
+    return np.sqrt(squares / sum(len(g) - 1 for g in groups))
 
-  if variance != "per_example":
+  def prior(inside):
+    """Degrees of freedom and variance by the moments of log variances."""
+    groups = [group(inside, e, v) for e in range(num_examples) for v in range(num_views)]
+    known = [(len(g) - 1, np.var(g, ddof=1)) for g in groups if len(g) > 1 and np.var(g) > 0]
+    half = np.array([d / 2 for d, _ in known])
+    logs = np.log([s for _, s in known]) - special.digamma(half) + np.log(half)
+    excess = np.var(logs, ddof=1) - np.mean(special.polygamma(1, half))
+    if excess <= 1e-5:
+      x = 1e5
+    else:
+      x = optimize.brentq(lambda x: special.polygamma(1, x) - excess, 1e-3, 1e6)
+    return 2 * x, np.exp(np.mean(logs) + special.digamma(x) - np.log(x))
+
+  def shrunk_spread(g, freedom, typical):
+    return np.sqrt((freedom * typical + len(g) * np.var(g)) / (freedom + len(g) - 1))
+
+  priors = {inside: prior(inside) for inside in (True, False)} if variance == "shrunk" else {}
+  if variance not in ("per_example", "shrunk"):
     shared = {inside: shared_spread(inside) for inside in (True, False)}
   scores = np.zeros((num_examples, num_views))
   for e in range(num_examples):
     for v in range(num_views):
       spread = [
-        np.std(group(inside, e, v)) if variance == "per_example" else shared[inside]
+        np.std(group(inside, e, v))
+        if variance == "per_example"
+        else shrunk_spread(group(inside, e, v), *priors[inside])
+        if variance == "shrunk"
+        else shared[inside]
         for inside in (True, False)
       ]
       if variance == "reference" and side == "online":

@@ -78,3 +78,43 @@ def test_bad_labels(labels, message):
 def test_one_class_is_no_classifier():
   with pytest.raises(ValueError, match="at least two classes"):
     confidence.logit_scaled(np.zeros((5, 1)), np.zeros(5, int))
+
+
+def test_labels_out_of_range_are_refused_on_a_device_too():
+  """Row 9: an error outside jit, NaN inside."""
+  logits, labels = jnp.zeros((2, 3)), jnp.array([7, 1])
+  with pytest.raises(ValueError, match=r"labels lie in \[1, 7\]; 3 classes"):
+    confidence.logit_scaled(logits, labels)
+  traced = np.asarray(jax.jit(confidence.logit_scaled)(logits, labels))
+  assert np.isnan(traced[0])
+  assert traced[1] == pytest.approx(-np.log(2))
+  with pytest.raises(ValueError, match="labels are of type float"):
+    confidence.logit_scaled(logits, jnp.array([1.5, 0.0]))
+
+
+def test_lists_and_the_snippet_of_the_readme():
+  """Row 17: logits [M, E, C] with labels [E], and lists, are scores [M, E]."""
+  logits = np.random.default_rng(0).normal(size=(4, 5, 3))
+  labels = np.array([0, 2, 1, 1, 0])
+  scores = confidence.logit_scaled(logits, labels)
+  np.testing.assert_allclose(scores, by_definition(logits, labels), rtol=1e-10)
+  np.testing.assert_array_equal(confidence.logit_scaled(logits.tolist(), labels.tolist()), scores)
+
+
+def test_gradient_is_that_of_the_definition():
+  logits, labels = jnp.array([[1.0, 0.5, -0.3]]), jnp.array([1])
+  slope = jax.grad(lambda x: confidence.logit_scaled(x, labels).sum())(logits)
+  others = jax.nn.softmax(logits[0, jnp.array([0, 2])])
+  np.testing.assert_allclose(slope[0], [-others[0], 1, -others[1]], rtol=1e-5)
+
+
+def test_rescaling_undoes_a_shift_and_a_scale():
+  rng = np.random.default_rng(1)
+  shadows = rng.normal(size=(5, 2000, 2)) + np.arange(5)[:, None, None] / 10
+  moved = confidence.rescale(0.4 * shadows[:2] - 3, shadows)
+  quartiles = np.quantile(moved.reshape(2, -1), (0.25, 0.5, 0.75), axis=1)
+  goal = np.quantile(shadows.reshape(5, -1), (0.25, 0.5, 0.75), axis=1).mean(axis=1)
+  np.testing.assert_allclose(quartiles[1], goal[1])
+  np.testing.assert_allclose(quartiles[2] - quartiles[0], goal[2] - goal[0])
+  flat = confidence.rescale(np.full((1, 6), 7.0), shadows[:, :6, 0])
+  np.testing.assert_allclose(flat, np.median(shadows[:, :6, 0], axis=1).mean())

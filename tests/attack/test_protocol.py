@@ -56,11 +56,34 @@ def test_without_leakage_pairs_are_unbiased_and_single_targets_are_not():
   assert np.mean([roc.auc(*p) for p in zip(default, members, strict=True)]) == areas["pair"]
 
 
+@pytest.mark.parametrize("num_models", [8, 16])
+def test_fixed_counts_without_pairs_are_unbiased(num_models):
+  """Row 5: each example in exactly half of the shadows, no pairs, scores that know nothing."""
+  rng = np.random.default_rng(2)
+  half = np.arange(num_models)[:, None] % 2 == 0
+  members = rng.permuted(np.broadcast_to(half, (num_models, 4000)), axis=0)
+  scores = rng.normal(size=(num_models, 4000)).astype(np.float32)
+  names = ["lira_online", "lira_online_pooled", "rmia_online"]
+
+  def area(left_out):
+    rows = protocol.leave_one_out(scores, members, attacks=names, left_out=left_out)
+    return [np.mean([roc.auc(*p) for p in zip(r, members, strict=True)]) for r in rows.values()]
+
+  np.testing.assert_allclose(area(None), 0.5, atol=3.5 * 0.29 / np.sqrt(num_models * 1000))
+  assert area("target")[0] < (0.45 if num_models == 8 else 0.485)
+
+
 def test_left_out_shadows_follow_the_membership(scores):
   members = scores[1]
   assert protocol.left_out_shadows(members).tolist() == [[m, m ^ 1] for m in range(M)]
   shuffled = members[[0, 2, 1, 3, 4, 5, 6, 7]]
-  assert protocol.left_out_shadows(shuffled).tolist() == [[m] for m in range(M)]
+  left_out = protocol.left_out_shadows(shuffled)
+  assert left_out.shape == (M, 2, E)
+  np.testing.assert_array_equal(left_out[:, 0], np.broadcast_to(np.arange(M)[:, None], (M, E)))
+  own, other = (np.take_along_axis(shuffled, rows, axis=0) for rows in left_out.swapaxes(0, 1))
+  assert (own != other).all()
+  independent = np.random.default_rng(0).random((16, 400)) < 0.5
+  assert protocol.left_out_shadows(independent).tolist() == [[m] for m in range(16)]
   assert protocol.left_out_shadows(members, left_out="target").shape == (M, 1)
   with pytest.raises(ValueError, match="needs model 2k \\+ 1 trained on the complement"):
     protocol.left_out_shadows(shuffled, left_out="pair")

@@ -1,5 +1,9 @@
 """RMIA against loops; its relation to the probability ratio; populations; bad input."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -116,3 +120,62 @@ def test_bad_input_is_named(scores):
     rmia.score(shadows[2:4], members[2:4], shadows[0])
   with pytest.raises(ValueError, match="the population's scores are"):
     rmia.score(shadows, members, shadows[0], population=rmia.Population(shadows[:3], shadows[:1]))
+
+
+@pytest.mark.parametrize("side", ["online", "offline"])
+def test_scores_far_from_zero_keep_their_ranks(side):
+  """Row 10: at -800 every p is 0; the exact ratio is not, and ranks by it."""
+  shadows = np.full((4, 3, 1), -800.0)
+  members = np.array([[True] * 3] * 2 + [[False] * 3] * 2)
+  target = np.array([[-800.0], [-900.0], [-800.0]])
+  result = rmia.score(shadows, members, target, side=side, gamma=1.0, offline_a=1.0)
+  np.testing.assert_allclose(result, [1, 1 / 3, 1])  # as good as all, as itself, as all
+  left_out = np.arange(4)[:, None]
+  rows = rmia.attack(shadows, members, np.stack([target] * 4), side=side, gamma=1.0,
+                     offline_a=1.0, left_out=left_out)  # fmt: skip
+  np.testing.assert_allclose(rows, [result] * 4)
+  inside = np.array([True, False, False])
+  assert roc.auc(result, inside) == 0.75  # wins against -900, ties with -800
+
+
+@pytest.mark.parametrize("side", ["online", "offline"])
+def test_on_device_jit_is_eager_is_the_host(scores, side):
+  shadows, members = scores
+  targets = shadows[:2] + np.float32(0.5)
+  device = [jnp.asarray(array) for array in (shadows, members, targets)]
+  function = functools.partial(rmia.score, side=side)
+  eager = [function(*device[:2], target) for target in device[2]]
+  assert all(isinstance(row, jax.Array) and row.dtype == jnp.float32 for row in eager)
+  np.testing.assert_allclose(eager, [function(shadows, members, t) for t in targets], atol=1e-6)
+  np.testing.assert_allclose(jax.jit(function)(*device[:2], device[2][0]), eager[0], atol=1e-6)
+  mapped = jax.vmap(function, in_axes=(None, None, 0))(*device)
+  np.testing.assert_allclose(mapped, eager, atol=1e-6)
+  lists = [array.tolist() for array in (shadows, members, targets[0])]
+  np.testing.assert_array_equal(function(*lists), function(shadows, members, targets[0]))
+
+
+def test_population_on_a_device(scores):
+  shadows, members = scores
+  others = np.random.default_rng(1).normal(size=(M + 1, 17, V)).astype(np.float32)
+  expected = rmia.score(
+    shadows, members, shadows[0] - 1, population=rmia.Population(others[:M], others[M:])
+  )
+  given = rmia.Population(*map(jnp.asarray, (others[:M], others[M:])))
+  device = [jnp.asarray(array) for array in (shadows, members, shadows[0] - 1)]
+  np.testing.assert_allclose(rmia.score(*device, population=given), expected, atol=1e-6)
+
+
+def test_left_out_may_differ_by_example(scores):
+  shadows, members = scores
+  left_out = np.stack([np.where(members[2], 2, 0), np.where(members[2], 4, 3)])[None]
+  left_out = np.where(members[left_out[0, 0], np.arange(E)] != members[left_out[0, 1],
+                      np.arange(E)], left_out, left_out[:, :1])  # fmt: skip
+  rows = rmia.attack(shadows, members, shadows[2:3], left_out=left_out, gamma=1.0)
+  keep = np.ones_like(members)
+  np.put_along_axis(keep, left_out[0], False, axis=0)
+  p = 1 / (1 + np.exp(-shadows.astype(np.float64)))
+  sides = [(p * (keep & side)[..., None]).sum(0) / (keep & side).sum(0)[:, None]
+           for side in (members, ~members)]  # fmt: skip
+  ratio = p[2] / ((sides[0] + sides[1]) / 2)
+  expected = (ratio[:, None] >= ratio[None] * (1 - 1e-12)).mean(axis=(1, 2))
+  np.testing.assert_allclose(rows[0], expected, atol=1e-12)
