@@ -1,7 +1,8 @@
 """Which examples a model exposes: the attack's evidence per pool example, over many targets.
 
 Works on any attack's scores; with LiRA online a value is a mean log-likelihood ratio, natural-log
-units. HIGHER MEANS MORE EXPOSED.
+units. An example is exposed when its scores differ between targets that trained on it and those
+that did not: a high score in both is an easy example, not an exposed one.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ptq_jax.base import ArrayLike, Bool, Float, Int, Key
+from ptq_jax.base import ArrayLike, Bool, Float, Int, Key, as_members
 
 
 class Exposure(NamedTuple):
@@ -18,6 +19,11 @@ class Exposure(NamedTuple):
   when_member: Float[np.ndarray, "E"]  # over the targets that trained on it
   when_non_member: Float[np.ndarray, "E"]  # over the others: what innocence looks like
   times_member: Int[np.ndarray, "E"]  # how many targets trained on it
+
+  @property
+  def gap(self) -> Float[np.ndarray, "E"]:
+    """How far membership shows; NaN where one of the two was never seen. Higher is more exposed."""
+    return self.when_member - self.when_non_member
 
 
 def per_example(scores: Float[ArrayLike, "T E"], members: Bool[ArrayLike, "T E"]) -> Exposure:
@@ -29,7 +35,7 @@ def per_example(scores: Float[ArrayLike, "T E"], members: Bool[ArrayLike, "T E"]
   Raises:
     ValueError: if the shapes differ or a score is NaN or infinite.
   """
-  scores, members = np.asarray(scores, np.float64), np.asarray(members).astype(bool)
+  scores, members = np.asarray(scores, np.float64), np.asarray(as_members(members))
   if scores.shape != members.shape or scores.ndim != 2:
     raise ValueError(f"scores {scores.shape} and members {members.shape} must both be [T, E].")
   if not np.isfinite(scores).all():
@@ -43,8 +49,8 @@ def per_example(scores: Float[ArrayLike, "T E"], members: Bool[ArrayLike, "T E"]
 
 
 def ranking(exposure: Exposure) -> Int[np.ndarray, "E"]:
-  """Example numbers from most to least exposed when a member; never-members come last."""
-  return np.argsort(-exposure.when_member, kind="stable")  # NaN sorts last
+  """Example numbers from most to least exposed by `gap`; those without one come last."""
+  return np.argsort(-exposure.gap, kind="stable")  # NaN sorts last
 
 
 def jaccard(exposure: Exposure, other: Exposure, *, top: int) -> float:
@@ -80,50 +86,50 @@ def compare(
     top: size of the sets.
     num_resamples: targets are drawn with replacement this often for the intervals.
   Returns:
-    {"top", "num_examples", "jaccard": N, "noise_ceiling": N}, where N is {"value", "low", "high",
-    "interval"}. The ceiling is how far the sets agree that two random halves of the reference's
-    targets name (None with one target): a `jaccard` below it is an effect beyond noise.
+    {"top", "num_examples", "jaccard": {"value", "low", "high", "interval"}}. Draws of targets that
+    leave too few examples with a gap are not used; with one target there is no overlap to tell, and
+    the numbers are None.
   Raises:
     ValueError: as `per_example` and `jaccard`.
   """
   scores, reference = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
-  members = np.asarray(members).astype(bool)
+  members = np.asarray(as_members(members))
   exposures = [per_example(rows, members) for rows in (scores, reference)]
-  value = jaccard(*exposures, top=top)
   num_targets, num_examples = members.shape
-  draw_key, split_key = jax.random.split(key)
-  drawn = jax.random.randint(draw_key, (num_resamples, num_targets), 0, num_targets)
+  nothing = {"value": None, "low": None, "high": None, "interval": None}
+  found = {"top": top, "num_examples": num_examples, "jaccard": nothing}
+  if np.isfinite(exposures[0].gap).sum() < top:
+    return found
+  value = jaccard(*exposures, top=top)
+  drawn = jax.random.randint(key, (num_resamples, num_targets), 0, num_targets)
   times = np.stack([np.bincount(row, minlength=num_targets) for row in np.asarray(drawn)])
   draws = _overlaps(*(_top_sets(times, rows, members, top) for rows in (scores, reference)))
-  ceiling = None
-  if num_targets > 1:
-    order = np.argsort(jax.random.uniform(split_key, (num_resamples, num_targets)), axis=1)
-    halves = (order < num_targets // 2, order >= num_targets // 2)
-    overlaps = _overlaps(*(_top_sets(half, reference, members, top) for half in halves))
-    name = "random halves of the targets"
-    ceiling = _interval(np.mean(overlaps), overlaps, confidence, name)
-  return {
-    "top": top,
-    "num_examples": num_examples,
-    "jaccard": _interval(value, draws, confidence, "bootstrap over targets"),
-    "noise_ceiling": ceiling,
-  }
+  draws = draws[np.isfinite(draws)]
+  if len(draws) > 1:
+    found["jaccard"] = _interval(value, draws, confidence, "bootstrap over targets")
+  return found
 
 
 def _top_sets(times, scores, members, top):
-  """bool[R, E], the most exposed examples when target t counts times[r, t] times."""
-  times = np.asarray(times, np.float64)
-  count = times @ members
-  with np.errstate(invalid="ignore"):
-    mean = (times @ np.where(members, scores, 0.0)) / count
-  chosen = np.argpartition(-mean, top - 1, axis=1)[:, :top]  # NaN, never a member, goes last
-  sets = np.zeros(mean.shape, bool)
-  np.put_along_axis(sets, chosen, True, axis=1)
+  """int[R, top], the most exposed when target t counts times[r, t] times; -1 if too few."""
+  times = np.asarray(times, np.float32)
+  means = []
+  for chosen in (members, ~members):
+    count = times @ chosen.astype(np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+      means.append((times @ np.where(chosen, scores, 0.0).astype(np.float32)) / count)
+  gap = means[0] - means[1]
+  sets = np.argpartition(-gap, top - 1, axis=1)[:, :top]  # NaN goes last
+  sets[np.isfinite(gap).sum(axis=1) < top] = -1
   return sets
 
 
 def _overlaps(sets, others):
-  return (sets & others).sum(axis=1) / (sets | others).sum(axis=1)
+  """Jaccard overlaps of two rows of sets [R, top], NaN where one is not known."""
+  pairs = zip(sets, others, strict=True)
+  common = np.array([len(np.intersect1d(*pair)) for pair in pairs], float)
+  common[(sets[:, 0] < 0) | (others[:, 0] < 0)] = np.nan
+  return common / (2 * sets.shape[1] - common)
 
 
 def _interval(value, draws, confidence, name):

@@ -38,8 +38,9 @@ def too_few_non_members(num_non_members: int, fprs: Sequence[float]) -> str | No
     return None
   return (
     f"{num_non_members} non-members per target cannot resolve a false-positive rate of "
-    f"{', '.join(f'{fpr:.3%}' for fpr in blind)}: no false positive is allowed there, and the "
-    f"true-positive rate is a lower bound; {int(np.ceil(1 / min(blind)))} non-members would do."
+    f"{', '.join(f'{fpr:.3%}' for fpr in blind)}: no false positive is allowed there, which a "
+    f"guesser's threshold keeps, too, and finds {1 / (num_non_members + 1):.3%} of members; "
+    f"{int(np.ceil(1 / min(blind)))} non-members would do."
   )
 
 
@@ -50,20 +51,6 @@ def few_false_positives(false_positives: int, *, fpr: float, needed: int = 10) -
   return (
     f"the true-positive rate at {fpr:.3%} false positives rests on {false_positives} false "
     f"positives per target, fewer than {needed}; read its interval, not its value."
-  )
-
-
-def unbalanced_leave_one_out(members: Bool[ArrayLike, "M E"]) -> str | None:
-  """Leaving only the target out tells its membership if every example has equally many members."""
-  members = np.asarray(members).astype(bool)
-  counts = members.sum(axis=0)
-  paired = len(members) % 2 == 0 and (members[::2] != members[1::2]).all()
-  if paired or counts.min() != counts.max():
-    return None
-  return (
-    f"every example has exactly {counts[0]} members among {len(members)} models, but models do not "
-    "come in complementary pairs; leave-one-out then biases the attack against members, the more "
-    "the fewer models there are."
   )
 
 

@@ -43,6 +43,7 @@ def leave_one_out(
   left_out: LeftOut | None = None,
   labels: Shaped[ArrayLike, "E"] | Nested | None = None,
   population: rmia.Population | None = None,
+  offline_a: float = rmia.OFFLINE_A,
   block_size: int | None = None,
 ) -> dict[str, Float[np.ndarray, "M E"]]:
   """Every model is target once; the others are its shadows.
@@ -65,7 +66,7 @@ def leave_one_out(
       None: "pair" if the models are paired so; else "balanced" if the number of members of an
         example varies less than half as much as by independent draws; else "target", for under
         independent draws the others' counts tell nothing.
-    labels, population, block_size: as `dedicated_targets`.
+    labels, population, offline_a, block_size: as `dedicated_targets`.
   Returns:
     Per attack float64[M, E], row t the attack on model t.
   Raises:
@@ -74,7 +75,7 @@ def leave_one_out(
   audited_scores = scores if audited_scores is None else audited_scores
   return _run(
     attacks,
-    _Inputs(scores, members, audited_scores, labels, population, block_size),
+    _Inputs(scores, members, audited_scores, labels, population, offline_a, block_size),
     left_out_shadows(members, left_out=left_out),
   )
 
@@ -87,6 +88,7 @@ def dedicated_targets(
   attacks: Sequence[str] = ("lira_online", "lira_offline", "loss_threshold"),
   labels: Shaped[ArrayLike, "E"] | Nested | None = None,
   population: rmia.Population | None = None,
+  offline_a: float = rmia.OFFLINE_A,
   block_size: int | None = None,
 ) -> dict[str, Float[np.ndarray, "T E"]]:
   """Each target is attacked with all shadows.
@@ -98,6 +100,7 @@ def dedicated_targets(
     attacks: names from `ATTACKS`.
     labels: int[E], true classes; only "class_threshold" needs them.
     population: scores of examples that are not audited, for RMIA; None takes the pool itself.
+    offline_a: of "rmia_offline"; see `rmia.tune_offline_a`.
     block_size: examples per block of LiRA; None picks one. Changes memory, not the result.
   Returns:
     Per attack float64[T, E].
@@ -105,7 +108,7 @@ def dedicated_targets(
     ValueError: an unknown name, too few shadows, or scores that do not fit.
   """
   inputs = (shadow_scores, shadow_members, target_scores)
-  return _run(attacks, _Inputs(*inputs, labels, population, block_size), None)
+  return _run(attacks, _Inputs(*inputs, labels, population, offline_a, block_size), None)
 
 
 def left_out_shadows(
@@ -149,6 +152,7 @@ class _Inputs(NamedTuple):
   target_scores: ArrayLike | Nested
   labels: ArrayLike | Nested | None
   population: rmia.Population | None
+  offline_a: float
   block_size: int | None
 
 
@@ -167,7 +171,12 @@ def _run(attacks, inputs, left_out):
   for side in ("online", "offline"):
     if f"rmia_{side}" in attacks:
       results[f"rmia_{side}"] = rmia.attack(
-        *shadows, side=side, population=inputs.population, left_out=left_out, block_size=size
+        *shadows,
+        side=side,
+        population=inputs.population,
+        offline_a=inputs.offline_a,
+        left_out=left_out,
+        block_size=size,
       )
   if "loss_threshold" in attacks:
     scores = np.asarray(inputs.target_scores)

@@ -1,23 +1,25 @@
 """Attacks on every variant of every target, and what they found.
 
-Reads the scores of an audit, writes results.jsonl. Every quantized target meets two attackers: one
-whose shadows stay in full precision, and one who quantized them like the target. `attack_files`
-does the same with scores that any framework saved.
+Reads the scores of an audit, writes results.jsonl. Every quantized target meets several attackers
+(`ATTACKERS`); verdicts count with the one that did best among models whose membership it knows.
+`attack_files` attacks scores that any framework saved.
 """
 
 import datetime
 import pathlib
+import zipfile
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ptq_jax import settings, storage
-from ptq_jax.attack import exposure, guards, protocol
+from ptq_jax.attack import confidence, exposure, guards, privacy, protocol, releases, rmia
 from ptq_jax.audit.layout import FULL_PRECISION, Audit, Manifest, variant_name
 from ptq_jax.audit.preflight import MODELS_LEAVE_ONE_OUT
+from ptq_jax.base import as_members, as_scores
 from ptq_jax.data import duplicates
-from ptq_jax.metrics import intervals, leakage
+from ptq_jax.metrics import intervals, leakage, roc
 from ptq_jax.report import records
 from ptq_jax.report.records import Variant
 
@@ -49,15 +51,19 @@ def attack(audit: Audit, *, command: str = "") -> None:
     audit.say(f"{problem.rstrip('.')}; attacking anew.")
   with audit.timed("attack"), audit.stage("attack", len(variants)) as stage:
     found, evidence = [], {}
-    full = scores_of(audit, FULL_PRECISION)
+    full, base, omitted = scores_of(audit, FULL_PRECISION), None, []
     for variant in variants:
-      attacked = attack_variant(audit, variant, full)
+      attacked = attack_variant(audit, variant, full, base)
+      base = base or attacked
       found += attacked.records
-      evidence[variant] = attacked.scores
+      evidence[variant] = attacked.scores, attacked.kept
+      omitted += [attacked.left_out] if attacked.left_out else []
       stage.advance(1, variant_name(variant))
     found += exposures(audit, evidence)
   path = audit.root / "results.jsonl"
-  storage.write_records(path, [run_record(audit, inputs, command), *found, *warnings(audit, found)])
+  storage.write_records(
+    path, [run_record(audit, inputs, command), *found, *warnings(audit, found, omitted)]
+  )
   storage.save_arrays(audit.root / "membership.npz", **audit.members)
   names = ("results.jsonl", "exposure.csv", "exposed.npz", "membership.npz")
   audit.manifest.record("attack", inputs, [audit.root / name for name in names])
@@ -67,47 +73,253 @@ class Attacked(NamedTuple):
   """What attacking one variant gave."""
 
   records: list[dict]
-  scores: np.ndarray  # [T, E], of the first attack by the attacker who knows most
+  scores: np.ndarray  # [T, E], of the main attack by the attacker with most knowledge
+  kept: np.ndarray  # bool, which of the sound targets are in it
+  samples: dict  # leakage.Sample by (attack, group), of full-precision shadows
+  left_out: str | None  # a sentence
 
 
-def attack_variant(audit: Audit, variant: Variant, full: dict) -> Attacked:
-  """Leakage of one variant to both attackers, what happened to its units, who is exposed."""
-  is_full = variant == FULL_PRECISION
-  own = full if is_full else scores_of(audit, variant)
-  accuracy = intervals.over_targets(
-    own["target_accuracy"], confidence=audit.config.attack.confidence
-  )
-  common = variant._asdict() | {
-    "bits_per_weight": own["bits_per_weight"].mean(),
-    "size_kb": own["size_kb"].mean(),
-    "test_accuracy": accuracy._asdict(),
-  }
-  found, samples, main = [], {}, audit.config.attack.attacks[0]
-  attackers = {"full_precision": full} if is_full else {"full_precision": full, "matched": own}
-  for attacker, shadows in attackers.items():
-    scores, pools = attack_scores(audit, shadows["shadow_scores"], own["target_scores"])
-    for number, (name, rows) in enumerate(scores.items()):
+class Scores(NamedTuple):
+  """One attacker's scores on every target, and on models whose membership it knows."""
+
+  targets: np.ndarray  # [T, E]
+  known: np.ndarray | None  # [M, E], the shadows attacked by each other; None: the other targets
+
+
+def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | None) -> Attacked:
+  """Leakage of one variant to every attacker, what happened to its units, who is exposed.
+
+  Args:
+    audit: whose scores these are.
+    variant: which one.
+    full: `scores_of` full precision.
+    base: what attacking full precision gave; None: this is it.
+  """
+  options, main = audit.config.attack, audit.config.attack.attacks[0]
+  own = full if base is None else scores_of(audit, variant)
+  kept = {group: finite(own[f"{group}_scores"]) for group in ("shadow", "target")}
+  if "targets" not in audit.members:
+    kept["shadow"] = kept["target"]
+  own, plain = keep(own, kept), keep(full, kept)
+  shadow_members = audit.sound_members["shadows"][kept["shadow"]]
+  members = target_members(audit)[kept["target"]]
+  if min(len(members), len(shadow_members)) == 0:
+    raise ValueError(
+      f"{variant_name(variant)}: no model has finite scores; quantize it again with other options."
+    )
+  found = every_attack(audit, plain, own, shadow_members, is_full=base is None)
+  common = variant._asdict() | accuracy_fields(audit, own, plain if base else None)
+  serves = {}
+  if base is not None:
+    candidates = {who: rows[main] for who, rows in found.items() if who != "releases"}
+    serves, chosen = best_attacker(candidates, members, shadow_members, options.fprs)
+    found["best"] = best_of(found, chosen, main)
+  leaks, samples = [], {}
+  for attacker, attacks in found.items():
+    for name, rows in attacks.items():
+      number = list(options.attacks).index(name)
       key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
-      for group, examples in audited_groups(audit, own, every=name == main).items():
-        about = {"attacker": attacker, "attack": name, "members": group}
-        sampled = sample(audit.config.attack, key, rows, examples)
+      every = name == main and attacker in ("full_precision", "matched")
+      for group, examples in audited_groups(members, own, every=every).items():
+        sampled = sample(options, key, rows.targets, examples)
+        samples[attacker, name, group] = sampled
+        known = rows.known if group == "all" else None
         summary = summarise(
-          audit.config.attack,
+          options,
           key,
-          rows,
+          rows.targets,
           examples.members,
           audited=examples.audited,
-          shadows=pools.get(name) if group == "all" else None,
+          shadows=None if known is None else leakage.Pool(known, shadow_members),
           sampled=sampled,
         )
-        if attacker == "matched":
-          summary["minus_full_precision_shadows"] = leakage.compare(
-            key, sampled, samples[name, group], confidence=audit.config.attack.confidence
-          )
-        samples[name, group] = sampled
-        found.append(records.make("leakage", **about, **common, **summary))
-  found += [] if is_full else unit_records(audit, variant)
-  return Attacked(found, scores[main])
+        summary |= comparisons(samples, base, attacker, name, group, kept["target"], options)
+        if group == "all" and name == main:
+          bound = privacy.lower_bound(rows.targets, examples.members, confidence=options.confidence)
+          summary["epsilon"] = bound._asdict()
+        if attacker == "best":
+          summary["chosen"] = serves
+        if (attacker == "best" or base is None) and name == main and group == "all":
+          summary["classes"] = per_class(audit, rows.targets, members)
+        about = {"attacker": attacker, "attack": name, "members": group}
+        leaks.append(records.make("leakage", **about, **common, **summary))
+  leaks += [] if base is None else unit_records(audit, variant)
+  knows_most = found.get("matched", found["full_precision"])
+  plain_samples = {key[1:]: value for key, value in samples.items() if key[0] == "full_precision"}
+  sentence = None if all(rows.all() for rows in kept.values()) else left_out_of(variant, kept)
+  return Attacked(leaks, knows_most[main].targets, kept["target"], plain_samples, sentence)
+
+
+def every_attack(audit: Audit, plain: dict, own: dict, members, *, is_full: bool) -> dict:
+  """Every attacker's `Scores` by attack; the configured ones, and the main one for the further.
+
+  Args:
+    audit: whose config and labels these are.
+    plain: scores in full precision.
+    own: scores in the variant, of the same models.
+    members: bool[M, E], of the shadows.
+    is_full: whether the variant is full precision, where all attackers are one.
+  """
+  attacks, main = tuple(audit.config.attack.attacks), audit.config.attack.attacks[0]
+  shadows = {"full_precision": plain["shadow_scores"]}
+  targets = {"full_precision": own["target_scores"]}
+  pseudo = {"full_precision": own["shadow_scores"]}
+  if not is_full:
+    shadows["matched"] = own["shadow_scores"]
+    targets["matched"], pseudo["matched"] = own["target_scores"], own["shadow_scores"]
+    for name, like in (("rescaled", plain), ("matched_rescaled", own)):
+      for parts, scores in ((shadows, like["shadow_scores"]), (targets, own["target_scores"]),
+                            (pseudo, own["shadow_scores"])):  # fmt: skip
+        parts[name] = confidence.rescale(scores, like["shadow_scores"])
+  found = {
+    who: attack_scores(
+      audit,
+      shadows[who],
+      members,
+      targets[who],
+      pseudo[who],
+      attacks if who in ("full_precision", "matched") else (main,),
+    )
+    for who in shadows
+  }
+  if is_full or not main.startswith("lira"):
+    return found
+  pair = [found[who][main] for who in ("rescaled", "matched_rescaled")]
+  known = None if pair[0].known is None else sum(rows.known for rows in pair) / 2
+  found["combined"] = {main: Scores(sum(rows.targets for rows in pair) / 2, known)}
+  if main.startswith("lira_online"):
+    both = [np.stack([part[f"{group}_scores"] for part in (plain, own)])
+            for group in ("shadow", "target")]  # fmt: skip
+    out = None if "targets" in audit.members else protocol.left_out_shadows(members)
+    rows = releases.attack(both[0], members, both[1], left_out=out)
+    found["releases"] = {main: Scores(rows, None)}
+  return found
+
+
+def best_attacker(candidates: dict, members, shadow_members, fprs) -> tuple[dict, list[str]]:
+  """Which attacker to count with, chosen for each target without its membership.
+
+  The one with the largest TPR among models whose membership the attacker knows: the shadows where
+  these were attacked by each other, else the other targets. TPR is read at the lowest rate at which
+  every model may have ten false positives. Where nothing is known, the first that quantizes its
+  shadows, or the first.
+
+  Returns:
+    How many targets each serves, and the name for every target.
+  """
+  others = min((~members).sum(axis=1))
+  fpr = min((f for f in fprs if f * others >= 10), default=max(fprs))
+  names = list(candidates)
+  known = candidates[names[0]].known
+  rows = shadow_members if known is not None else members
+  if known is None and len(members) < 2:
+    chosen = ["matched" if "matched" in candidates else names[0]] * len(members)
+    return {chosen[0]: len(members)}, chosen
+  rates = np.array(
+    [
+      [
+        roc.tpr_at_fpr(*pair, fpr=fpr)
+        for pair in zip(
+          candidates[name].targets if known is None else candidates[name].known, rows, strict=True
+        )
+      ]
+      for name in names
+    ]
+  )
+  if known is None:
+    rates = (rates.sum(axis=1, keepdims=True) - rates) / (len(members) - 1)
+  else:
+    rates = np.repeat(rates.mean(axis=1, keepdims=True), len(members), axis=1)
+  chosen = [names[i] for i in rates.argmax(axis=0)]
+  return {name: chosen.count(name) for name in names if name in chosen}, chosen
+
+
+def best_of(found: dict, chosen: list[str], main: str) -> dict[str, Scores]:
+  """The main attack by the attacker chosen for each target."""
+  rows = np.stack([found[who][main].targets[t] for t, who in enumerate(chosen)])
+  return {main: Scores(rows, found[chosen[0]][main].known)}
+
+
+def comparisons(samples, base, attacker, name, group, kept, options) -> dict:
+  """Paired differences: to full precision, and to the attacker with full-precision shadows."""
+  fields, level = {}, options.confidence
+  own = samples[attacker, name, group]
+  if base is not None and (name, group) in base.samples:
+    before = base.samples[name, group].of_targets(kept[base.kept])
+    fields["minus_full_precision"] = leakage.compare(own, before, confidence=level)
+  plain = samples.get(("full_precision", name, group))
+  if attacker != "full_precision" and base is not None and plain is not None:
+    fields["minus_full_precision_shadows"] = leakage.compare(own, plain, confidence=level)
+  return fields
+
+
+def accuracy_fields(audit: Audit, own: dict, plain: dict | None) -> dict:
+  """Accuracy and size of a variant; with `plain` also the paired change from full precision."""
+  level, size = audit.config.attack.confidence, len(audit.dataset.test_labels)
+  accuracy = own["target_accuracy"]
+  fields = {
+    "bits_per_weight": own["bits_per_weight"].mean(),
+    "size_kb": own["size_kb"].mean(),
+    "test_accuracy": intervals.of_accuracy(accuracy, num_examples=size, confidence=level)._asdict(),
+  }
+  if plain is not None:
+    change = intervals.of_accuracy_difference(
+      accuracy, plain["target_accuracy"], num_examples=size, confidence=level
+    )
+    fields["accuracy_minus_full_precision"] = change and change._asdict()
+  return fields
+
+
+def per_class(
+  audit: Audit, scores: np.ndarray, members: np.ndarray, *, worst: int = 3
+) -> list[dict]:
+  """AUC within the classes that leak most, means over the targets that can tell.
+
+  The most of many noisy numbers is too high: read it as where to look.
+  """
+  labels, level = audit.dataset.train_labels, audit.config.attack.confidence
+  found = []
+  for label in np.unique(labels):
+    here = labels == label
+    areas = [
+      roc.auc(row[here], inside[here])
+      for row, inside in zip(scores, members, strict=True)
+      if inside[here].any() and not inside[here].all()
+    ]
+    if areas:
+      auc = intervals.over_targets(np.array(areas), confidence=level)._asdict()
+      name = str(audit.dataset.class_names[label])
+      found.append({"class": name, "num_examples": int(here.sum()), "auc": auc})
+  found.sort(key=lambda entry: -entry["auc"]["value"])
+  return found[:worst]
+
+
+def finite(scores: np.ndarray) -> np.ndarray:
+  """bool, which models have only finite scores."""
+  return np.isfinite(scores).all(axis=(1, 2))
+
+
+def keep(scores: dict, kept: dict) -> dict:
+  """`scores_of` some models."""
+  groups = {"shadow": ("shadow_",), "target": ("target_", "bits_", "size_", "calibration")}
+  found = dict(scores)
+  for group, starts in groups.items():
+    for name, rows in scores.items():
+      if name.startswith(starts) and rows is not None and not kept[group].all():
+        found[name] = rows[kept[group]]
+  return found
+
+
+def left_out_of(variant: Variant, kept: dict) -> str:
+  """Which models are not in a variant."""
+  groups = {group: np.flatnonzero(~rows) for group, rows in kept.items() if not rows.all()}
+  if len(groups) == 2 and np.array_equal(*groups.values()):
+    groups = {"model": groups["target"]}
+  named = "; ".join(f"{group} {', '.join(map(str, rows))}" for group, rows in groups.items())
+  return (
+    f"{records.describe(variant)} is without {named} (of those attacked, counted from 0): "
+    "quantized, its scores are not finite."
+  )
 
 
 def sample(options, key, scores, examples: leakage.Audit) -> leakage.Sample:
@@ -140,9 +352,8 @@ def target_members(audit: Audit) -> np.ndarray:
   return audit.sound_members.get("targets", audit.sound_members["shadows"])
 
 
-def audited_groups(audit: Audit, own: dict, *, every: bool) -> dict[str, leakage.Audit]:
+def audited_groups(members: np.ndarray, own: dict, *, every: bool) -> dict[str, leakage.Audit]:
   """All examples, and with `every` also those apart that calibrated the quantizer."""
-  members = target_members(audit)
   groups = {"all": leakage.Audit(members, np.ones_like(members))}
   if every and own["calibration"] is not None:
     calibrated = np.zeros_like(members)
@@ -151,15 +362,20 @@ def audited_groups(audit: Audit, own: dict, *, every: bool) -> dict[str, leakage
   return groups
 
 
-def exposures(audit: Audit, evidence: dict[Variant, np.ndarray]) -> list[dict]:
+def exposures(audit: Audit, evidence: dict) -> list[dict]:
   """Writes who is exposed in each variant, and tells how that differs from full precision.
 
   WORKDIR/exposure.csv ranks the pool by exposure at full precision; exposed.npz has the pictures
   of the first.
+
+  Args:
+    audit: whose pool this is.
+    evidence: by variant the scores [T, E] of the targets that are in it, and which these are.
   """
   members, data = target_members(audit), audit.dataset
   per_variant = {
-    variant: exposure.per_example(scores, members) for variant, scores in evidence.items()
+    variant: exposure.per_example(scores, members[kept])
+    for variant, (scores, kept) in evidence.items()
   }
   ranking = exposure.ranking(per_variant[FULL_PRECISION])
   columns = {"example": ranking, "source_example": data.train_ids[ranking]}
@@ -168,45 +384,54 @@ def exposures(audit: Audit, evidence: dict[Variant, np.ndarray]) -> list[dict]:
     columns[f"{variant_name(variant)}_when_member"] = found.when_member[ranking]
     columns[f"{variant_name(variant)}_when_non_member"] = found.when_non_member[ranking]
   storage.write_csv(audit.root / "exposure.csv", columns)
-  shown = ranking[:NUM_PICTURES]
+  gap = per_variant[FULL_PRECISION].gap
+  shown = ranking[np.isfinite(gap[ranking])][:NUM_PICTURES]
   storage.save_arrays(
     audit.root / "exposed.npz",
     images=data.train_images[shown],
-    labels=columns["label"][:NUM_PICTURES],
-    exposure=per_variant[FULL_PRECISION].when_member[shown],
+    labels=[data.class_names[label] for label in data.train_labels[shown]],
+    exposure=gap[shown],
   )
   top = max(1, round(len(ranking) * audit.config.attack.exposed_share))
+  reference, known = evidence[FULL_PRECISION]
   return [
     records.make(
       "exposure",
       attacker="matched",
       **variant._asdict(),
       **exposure.compare(
-        audit.key("bootstrap"), scores, evidence[FULL_PRECISION], members, top=top
+        audit.key("bootstrap"), scores, reference[kept[known]], members[kept], top=top
       ),
     )
-    for variant, scores in evidence.items()
+    for variant, (scores, kept) in evidence.items()
   ]
 
 
-def attack_scores(audit: Audit, shadow_scores, target_scores) -> tuple[dict, dict]:
-  """Every configured attack on every target, [T, E] each; on shadows too where targets are apart.
+def attack_scores(audit: Audit, shadows, members, targets, pseudo, attacks) -> dict[str, Scores]:
+  """Attacks on every target, and where targets are apart on the shadows by each other, too.
 
-  The second sets the thresholds of an attacker who knows no target's membership.
+  Args:
+    audit: whose protocol and labels these are.
+    shadows: [M, E, V], the shadows' scores as the attacker has them.
+    members: bool[M, E].
+    targets: [T, E, V].
+    pseudo: [M, E, V], the shadows' scores in the role of targets.
+    attacks: names.
   """
-  options = {
-    "attacks": tuple(audit.config.attack.attacks),
-    "labels": audit.dataset.train_labels,
-  }
-  members = audit.sound_members["shadows"]
+  options = {"attacks": attacks, "labels": audit.dataset.train_labels}
+  if any(name.startswith("rmia_offline") for name in attacks) and len(members) >= (
+    MODELS_LEAVE_ONE_OUT
+  ):
+    out = protocol.left_out_shadows(members)
+    options["offline_a"] = rmia.tune_offline_a(shadows, members, left_out=out)
   if "targets" not in audit.members:
-    found = protocol.leave_one_out(shadow_scores, members, audited_scores=target_scores, **options)
-    return found, {}
-  found = protocol.dedicated_targets(shadow_scores, members, target_scores, **options)
+    found = protocol.leave_one_out(shadows, members, audited_scores=targets, **options)
+    return {name: Scores(rows, None) for name, rows in found.items()}
+  found = protocol.dedicated_targets(shadows, members, targets, **options)
   if len(members) < MODELS_LEAVE_ONE_OUT:
-    return found, {}
-  among_shadows = protocol.leave_one_out(shadow_scores, members, **options)
-  return found, {name: leakage.Pool(rows, members) for name, rows in among_shadows.items()}
+    return {name: Scores(rows, None) for name, rows in found.items()}
+  known = protocol.leave_one_out(shadows, members, audited_scores=pseudo, **options)
+  return {name: Scores(rows, known[name]) for name, rows in found.items()}
 
 
 def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
@@ -250,8 +475,8 @@ def unit_records(audit: Audit, variant: Variant) -> list[dict]:
   ]
 
 
-def warnings(audit: Audit, found: list[dict]) -> list[dict]:
-  """What a reader must know before trusting the numbers."""
+def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
+  """What a reader must know before trusting the numbers; `omitted` says what is left out where."""
   sentences = {
     group: left_out(np.flatnonzero(~sound), group)
     for group, sound in audit.sound.items()
@@ -260,8 +485,7 @@ def warnings(audit: Audit, found: list[dict]) -> list[dict]:
   full = scores_of(audit, FULL_PRECISION)
   mismatch = guards.accuracy_mismatch(full["shadow_accuracy"], full["target_accuracy"])
   sentences["accuracy"] = mismatch
-  if "targets" not in audit.members:
-    sentences["protocol"] = guards.unbalanced_leave_one_out(audit.sound_members["shadows"])
+  sentences |= {f"models, {i + 1}": sentence for i, sentence in enumerate(omitted)}
   leaks = records.select(found, "leakage")
   fewest = min(record["num_non_members"] for record in leaks)
   sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
@@ -307,6 +531,7 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
     data={
       "name": data.name,
       "pool_size": len(data.train_labels),
+      "members_share": float(audit.sound_members["shadows"].mean()),
       "test_size": len(data.test_labels),
       "num_classes": data.num_classes,
       "image_shape": data.image_shape,
@@ -360,19 +585,23 @@ def attack_files(
   else:
     found = protocol.leave_one_out(own["scores"], own["members"], **options)
   key = jax.random.key(config.seed)
+  accuracy = attacked.get("accuracy")
   leaks = [
     records.make(
       "leakage",
-      **FULL_PRECISION._asdict(),
-      attacker="full_precision",
+      **attacked["variant"]._asdict(),
+      attacker="given",
       attack=name,
       bits_per_weight=None,
       size_kb=None,
-      test_accuracy=records.number(None),
+      test_accuracy=records.number(None) if accuracy is None else intervals.over_targets(
+        accuracy, confidence=config.attack.confidence)._asdict(),
+      epsilon=privacy.lower_bound(
+        rows, attacked["members"], confidence=config.attack.confidence)._asdict(),
       **summarise(config.attack, jax.random.fold_in(key, number), rows, attacked["members"]),
     )
     for number, (name, rows) in enumerate(found.items())
-  ]
+  ]  # fmt: skip
   files = {"name": shadows if targets is None else f"{shadows}, {targets}"}
   run_ = records.run(
     name=pathlib.Path(shadows).stem,
@@ -380,37 +609,129 @@ def attack_files(
     command=command,
     date=today(),
     seconds={},
-    data=files | {"pool_size": own["scores"].shape[1]},
-    model={"name": "unknown"},
+    data=files
+    | {"pool_size": own["scores"].shape[1], "members_share": float(own["members"].mean())},
+    model={},
     models=len(own["scores"]),
     targets=len(attacked["scores"]),
     protocol="dedicated targets" if targets else "leave-one-out",
   )
+  fewest = min(record["num_non_members"] for record in leaks)
+  sentences = {"false-positive rates": guards.too_few_non_members(fewest, config.attack.fprs)}
+  if accuracy is not None and "accuracy" in own:
+    sentences["accuracy"] = guards.accuracy_mismatch(own["accuracy"], accuracy)
+  cautions = [
+    records.make("warning", about=about, message=message)
+    for about, message in sentences.items()
+    if message
+  ]
   path = workdir / "results.jsonl"
-  storage.write_records(path, [run_, *leaks])
+  storage.write_records(path, [run_, *leaks, *cautions])
   Manifest(workdir).record("attack", "saved scores", [path])
 
 
-def read_scores(path: str) -> dict[str, np.ndarray]:
-  """`scores` [N, E, V], `members` and perhaps `labels` of an .npz file, checked.
+def read_scores(path: str) -> dict:
+  """`scores` [N, E, V], `members` and what else an .npz file says about itself, checked.
 
+  Further arrays are optional: `labels` int[E]; `accuracy` float[N], on test data; and what the
+  models are, `method` (a name), `levels` and `last_layer_levels` (numbers).
+
+  Returns:
+    The arrays, and "variant" made of the last three.
   Raises:
-    FileNotFoundError, ValueError: one sentence that names the file.
+    FileNotFoundError, ValueError: one sentence that names the file, and the array.
   """
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f"{path} does not exist; --scores and --targets name .npz files.")
-  arrays = storage.load_arrays(path)
+  arrays = _load(path)
   for name in ("scores", "members"):
     if name not in arrays:
       raise ValueError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}.")
-  scores, members = arrays["scores"], arrays["members"].astype(bool)
+  try:
+    scores = as_scores(arrays["scores"], name="scores")
+    members = as_members(arrays["members"], name="members")
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
   scores = scores[:, :, None] if scores.ndim == 2 else scores
-  if scores.ndim != 3 or members.shape != scores.shape[:2]:
+  if scores.ndim != 3 or 0 in scores.shape or members.shape != scores.shape[:2]:
     raise ValueError(
       f"{path} has scores of shape {arrays['scores'].shape} and members {members.shape}; they must "
       "be [models, examples, views] and [models, examples]."
     )
-  return arrays | {"scores": scores, "members": members}
+  broken = np.flatnonzero(~finite(scores))
+  if len(broken):
+    raise ValueError(
+      f"{path}: scores of models {', '.join(map(str, broken[:5]))} are NaN or infinite; give "
+      "finite ones, such as the logit-scaled confidence, or leave these models out."
+    )
+  found = {"scores": scores, "members": members, "variant": _said_variant(path, arrays)}
+  if "labels" in arrays:
+    found["labels"] = _said_labels(path, arrays["labels"], scores.shape[1])
+  if "accuracy" in arrays:
+    found["accuracy"] = np.asarray(arrays["accuracy"], np.float64)
+    if (
+      found["accuracy"].shape != (len(scores),)
+      or not ((found["accuracy"] >= 0) & (found["accuracy"] <= 1)).all()
+    ):
+      raise ValueError(f"{path}: accuracy must be one number in [0, 1] for each of the models.")
+  return found
+
+
+def _load(path: str) -> dict[str, np.ndarray]:
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f"{path} does not exist; --scores and --targets name .npz files.")
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("single array")
+      names = file.files
+      arrays = {}
+      for name in names:
+        try:
+          arrays[name] = file[name]
+        except ValueError:
+          raise ValueError(
+            f"{path}: array {name!r} holds Python objects, not numbers; save it as an array of "
+            "numbers (all rows of one length)."
+          ) from None
+  except (OSError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    raise ValueError(f"{path} cannot be read as an .npz file of arrays ({error}).") from None
+  except (ValueError, TypeError) as error:
+    if str(error).startswith(path):
+      raise
+    raise ValueError(
+      f"{path} is not an .npz file; save its arrays together, numpy.savez(path, scores=..., "
+      "members=...)."
+    ) from None
+  for name, array in arrays.items():
+    if array.dtype.kind == "V":
+      raise ValueError(
+        f"{path}: array {name!r} is of raw type {array.dtype}, as NumPy saves bfloat16; save it as "
+        "float32."
+      )
+  return arrays
+
+
+def _said_variant(path, arrays) -> Variant:
+  """What the file says its models are; "scores" if it says nothing."""
+  values = {}
+  for name in ("levels", "last_layer_levels"):
+    value = arrays.get(name)
+    if value is not None and (value.ndim or value.dtype.kind not in "iu" or value < 2):
+      raise ValueError(f"{path}: {name} is {value!s}; it must be one integer of at least 2.")
+    values[name] = None if value is None else int(value)
+  method = str(arrays["method"]) if "method" in arrays else "scores"
+  if method == "none" and values["levels"] is not None:
+    raise ValueError(f"{path}: method 'none' is full precision, which has no levels.")
+  return Variant(method, values["levels"], values["last_layer_levels"] or values["levels"])
+
+
+def _said_labels(path, labels, num_examples) -> np.ndarray:
+  whole = labels.dtype.kind in "iuf" and labels.shape == (num_examples,)
+  if not whole or not ((labels >= 0) & (labels < num_examples) & (labels % 1 == 0)).all():
+    raise ValueError(
+      f"{path}: labels must be one class number for each of {num_examples} examples, whole and "
+      f"below {num_examples}."
+    )
+  return labels.astype(np.int64)
 
 
 def today() -> str:

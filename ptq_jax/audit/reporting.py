@@ -38,7 +38,7 @@ def report(workdir: pathlib.Path, *, listener: events.Listener = events.silent) 
 
 def summary(found: list[dict], workdir: pathlib.Path) -> str:
   """What a report says on a terminal."""
-  lines = [tables.to_text(tables.results(found)), findings.summarize(found).headline]
+  lines = [tables.to_text(tables.results(found, narrow=True)), findings.summarize(found).headline]
   for record in records.select(found, "warning"):
     lines.append(f"warning, {record['about']}: {record['message']}")
   return "\n".join([*lines, "", f"{workdir / 'index.html'} shows more."])
@@ -63,7 +63,7 @@ def write_report(found: list[dict], workdir: pathlib.Path, listener) -> list[pat
 
   with events.Stage(listener, "report", len(drawn) + 2) as stage:
     write("results.csv", tables.to_csv(found))
-    shown = (tables.results, tables.attacks, tables.units, tables.warnings)
+    shown = (tables.results, tables.attacks, tables.thresholds, tables.units, tables.warnings)
     write("results.md", "\n".join(tables.to_markdown(table(found)) for table in shown))
     stage.advance(1, "tables")
     write("index.html", page.render(found, drawn))

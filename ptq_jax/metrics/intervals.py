@@ -2,7 +2,9 @@
 
 An attack's number varies because other examples could have been drawn and because another target
 could have been trained. `resample` draws the first kind for all targets and all metrics in one
-pass; `over_examples`, `over_targets` and `over_both` turn the draws into named intervals.
+pass; `over_examples`, `over_targets` and `over_both` turn the draws into named intervals, and
+`of_difference` does so for one attack less another on the same targets and examples. How often
+they hold the truth is measured by `launch/benchmarks/coverage.py`.
 """
 
 import math
@@ -12,16 +14,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 import scipy.stats
 
-from ptq_jax.base import Array, ArrayLike, Bool, Float, Key
+from ptq_jax.base import Array, ArrayLike, Bool, Float, Key, Shaped, as_members
 from ptq_jax.metrics import roc
 
 BLOCK_ELEMENTS = 2**25
 """Examples x resamples drawn at once, one byte each."""
 
 
-OVER_BOTH = "bootstrap over examples and models"
+OVER_BOTH = "over examples and models"
 
 
 class Interval(NamedTuple):
@@ -31,6 +34,16 @@ class Interval(NamedTuple):
   low: float
   high: float
   interval: str  # which variation it covers, and the confidence
+
+
+class Difference(NamedTuple):
+  """A difference, where it may lie, and how surprising it were if there was none."""
+
+  value: float
+  low: float
+  high: float
+  interval: str
+  p: float  # two-sided, of the same distribution as the interval
 
 
 class Metrics(NamedTuple):
@@ -48,12 +61,46 @@ class Level(NamedTuple):
   rule: roc.Rule = "at_most"
 
 
+class Ranked(NamedTuple):
+  """The examples of each target from high score to low: the one sort that all metrics share."""
+
+  order: ArrayLike  # int32[T, E], which example
+  is_member: ArrayLike  # bool[T, E], counts as member
+  is_other: ArrayLike  # bool[T, E], counts as non-member
+  is_vertex: ArrayLike  # bool[T, E], the last of equal scores
+  curves: list[roc.Curve]  # of the examples that count
+
+
+def rank(
+  scores: Shaped[ArrayLike, "T E"],
+  members: Shaped[ArrayLike, "T E"],
+  *,
+  audited: Bool[ArrayLike, "T E"] | None = None,
+) -> Ranked:
+  """Sorts once per target.
+
+  Raises:
+    ValueError: as `roc.curve`, for any target.
+  """
+  scores, members = np.asarray(scores), np.asarray(as_members(members))
+  audited = np.ones_like(members) if audited is None else np.asarray(audited)
+  for row, inside, keep in zip(scores, members, audited, strict=True):
+    roc.checked(row[keep], inside[keep])
+  order = np.argsort(scores, axis=1, kind="stable")[:, ::-1]
+  ordered, inside, keep = [np.take_along_axis(a, order, 1) for a in (scores, members, audited)]
+  is_vertex = np.append(ordered[:, 1:] != ordered[:, :-1], np.ones((len(scores), 1), bool), axis=1)
+  rows = zip(ordered, inside, keep, strict=True)
+  curves = [roc.from_ranked(row[chosen], member[chosen]) for row, member, chosen in rows]
+  return Ranked(order.astype(np.int32), inside & keep, ~inside & keep, is_vertex, curves)
+
+
 def measure(
-  scores: Float[ArrayLike, "T E"],
-  members: Bool[ArrayLike, "T E"],
+  scores: Shaped[ArrayLike, "T E"],
+  members: Shaped[ArrayLike, "T E"],
   *,
   levels: Sequence[Level],
   audited: Bool[ArrayLike, "T E"] | None = None,
+  ranked: Ranked | None = None,
 ) -> Metrics:
   """AUC, balanced accuracy and TPR of each target, from exact ROC vertices.
 
@@ -62,13 +109,11 @@ def measure(
     members: bool[T, E], true membership.
     levels: L operating points.
     audited: bool[T, E], the examples that count; None means all.
+    ranked: `rank` of these, if it is at hand.
   Raises:
     ValueError: as `roc.curve`, for any target.
   """
-  scores, members = np.asarray(scores), np.asarray(members).astype(bool)
-  audited = np.ones_like(members) if audited is None else np.asarray(audited)
-  rows = zip(scores, members, audited, strict=True)
-  curves = [roc.curve(row[keep], member[keep]) for row, member, keep in rows]
+  curves = (ranked or rank(scores, members, audited=audited)).curves
   points = [[roc.point_at_fpr(c, fpr=fpr, rule=rule).tpr for fpr, rule in levels] for c in curves]
   return Metrics(
     auc=np.array([roc.area(c) for c in curves]),
@@ -79,12 +124,13 @@ def measure(
 
 def resample(
   key: Key,
-  scores: Float[ArrayLike, "T E"],
-  members: Bool[ArrayLike, "T E"],
+  scores: Shaped[ArrayLike, "T E"],
+  members: Shaped[ArrayLike, "T E"],
   *,
   levels: Sequence[Level],
   num_resamples: int = 1000,
   audited: Bool[ArrayLike, "T E"] | None = None,
+  ranked: Ranked | None = None,
 ) -> Metrics:
   """The metrics of `measure` under resampled examples, stratified by membership.
 
@@ -102,7 +148,7 @@ def resample(
   Args:
     key: the same key gives the same weights, so that two attacks can be compared resample by
       resample.
-    scores, members, levels, audited: as `measure`.
+    scores, members, levels, audited, ranked: as `measure`.
     num_resamples: R.
   Returns:
     `Metrics` with leading axis R.
@@ -113,13 +159,11 @@ def resample(
   """
   if num_resamples < 1:
     raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
-  scores, members = np.asarray(scores), np.asarray(members).astype(bool)
-  audited = np.ones_like(members) if audited is None else np.asarray(audited)
-  values = measure(scores, members, levels=levels, audited=audited)
-  groups = members & audited, ~members & audited
-  terms = np.stack([_terms(*row) for row in zip(scores, *groups, strict=True)], axis=1)
-  tops = _tops(_ranked(scores, *groups), levels)
-  num_targets, num_examples = scores.shape
+  ranked = ranked or rank(scores, members, audited=audited)
+  values = measure(scores, members, levels=levels, ranked=ranked)
+  terms = np.stack([_terms(*row, curve) for *row, curve in zip(*ranked, strict=True)], axis=1)
+  tops = _tops(_Ranking(*(part.T for part in ranked[:4])), levels)
+  num_targets, num_examples = ranked.order.shape
   block = int(np.clip(BLOCK_ELEMENTS // num_examples, 1, num_resamples))
   draws = []
   for i in range(math.ceil(num_resamples / block)):
@@ -139,20 +183,12 @@ def resample(
 
 
 class _Ranking(NamedTuple):
-  """The examples of each target from high score to low, [E, T]."""
+  """The first arrays of `Ranked` with targets last, [E, T]."""
 
-  order: ArrayLike  # int32, which example
-  is_member: ArrayLike  # bool, counts as member
-  is_other: ArrayLike  # bool, counts as non-member
-  is_vertex: ArrayLike  # bool, the last of equal scores
-
-
-def _ranked(scores, is_member, is_other):
-  order = np.argsort(-scores, axis=1, kind="stable")
-  ordered = np.take_along_axis(scores, order, axis=1)
-  is_vertex = np.append(ordered[:, 1:] != ordered[:, :-1], np.ones((len(scores), 1), bool), axis=1)
-  counted = [np.take_along_axis(chosen, order, axis=1) for chosen in (is_member, is_other)]
-  return _Ranking(*(row.T for row in (order.astype(np.int32), *counted, is_vertex)))
+  order: ArrayLike
+  is_member: ArrayLike
+  is_other: ArrayLike
+  is_vertex: ArrayLike
 
 
 def _tops(ranking, levels):
@@ -171,26 +207,28 @@ def _tops(ranking, levels):
   return [(_Ranking(*(row[:length] for row in ranking)), some) for length, some in chosen.items()]
 
 
-def _terms(scores, is_member, is_other):
+def _terms(order, is_member, is_other, is_vertex, curve):
   """float32[E, 6], whose weighted sums give the areas: see `_areas`."""
-  inside, outside = np.sort(scores[is_member]), np.sort(scores[is_other])
-  share_below = _share_below(outside, scores)
-  share_above = 1 - _share_below(inside, scores)
-  cut = _best_threshold(scores[is_member | is_other], is_member[is_member | is_other])
-  accepted = scores >= cut
-  columns = [is_member, is_other, is_member * share_below, is_other * share_above]
-  return np.stack([*columns, is_member & accepted, is_other & accepted], axis=-1, dtype=np.float32)
+  best = int(np.argmax(curve.tpr - curve.fpr))
+  sizes = curve.true_positives[best], curve.false_positives[best]
+  accepted = [
+    np.cumsum(side) <= size for side, size in zip((is_member, is_other), sizes, strict=True)
+  ]
+  above_member, above_other = [_share_above(side, is_vertex) for side in (is_member, is_other)]
+  columns = [is_member, is_other, is_member * (1 - above_other), is_other * above_member]
+  columns += [is_member & accepted[0], is_other & accepted[1]]
+  terms = np.empty((len(order), 6), np.float32)
+  terms[order] = np.stack(columns, axis=-1)
+  return terms
 
 
-def _share_below(ordered, scores):
-  """The share of `ordered` below each score, equals counting half."""
-  sides = [np.searchsorted(ordered, scores, side=side) for side in ("left", "right")]
-  return (sides[0] + sides[1]) / (2 * len(ordered))
-
-
-def _best_threshold(scores, members):
-  curve = roc.curve(scores, members)
-  return curve.thresholds[np.argmax(curve.tpr - curve.fpr)]
+def _share_above(side, is_vertex):
+  """The share of a side above each ranked score, equals counting half."""
+  count = np.cumsum(side)
+  through = np.where(is_vertex, count, 0)
+  before = np.append(0, np.maximum.accumulate(through)[:-1])
+  through = np.minimum.accumulate(np.where(is_vertex, count, count[-1])[::-1])[::-1]
+  return (before + through) / (2 * count[-1])
 
 
 def _areas(sums, values):
@@ -260,19 +298,20 @@ def over_examples(
 ) -> Interval:
   """The mean over these very targets; what varies is which examples were drawn.
 
-  The percentiles of the resampled means, moved so that their average is the value: a maximum over
-  thresholds is larger in every resample than in the sample, and plain percentiles would then
-  lie above the value.
+  Normal with the variance of the resampled means, on the scale of the log-odds, so that it stays
+  within [0, 1]. The resamples serve for their spread alone: a maximum over thresholds is larger in
+  every resample than in the sample.
 
   Args:
     values: float[T], the metric of each target, in [0, 1].
     resamples: float[R, T], as `resample` gives them.
     confidence: in (0, 1).
-    trials: number of members; when no resample differs (no true positive at all, say) the
-      bootstrap is blind and the exact binomial interval of `trials` takes its place.
+    trials: number of members; when nobody or everybody is found, or no resample differs, the
+      exact binomial interval of `trials` takes its place.
   """
-  means = np.mean(resamples, axis=1)
-  return _percentiles(np.mean(values), means, confidence, trials, "bootstrap over examples")
+  variance = np.var(np.mean(resamples, axis=1), ddof=1)
+  name = "bootstrap over examples"
+  return _within_unit(np.mean(values), variance, np.inf, confidence, trials, name)
 
 
 def over_targets(values: Float[ArrayLike, "T"], *, confidence: float = 0.95) -> Interval:
@@ -285,60 +324,169 @@ def over_targets(values: Float[ArrayLike, "T"], *, confidence: float = 0.95) -> 
   mean, name = float(values.mean()), _named("t-interval over targets", confidence)
   if len(values) < 2:
     return Interval(mean, 0.0, 1.0, name)
-  quantile = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1)
-  half = float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
+  half = _half(values.var(ddof=1) / len(values), len(values) - 1, confidence)
   return Interval(mean, max(mean - half, 0.0), min(mean + half, 1.0), name)
 
 
+def two_way(
+  values: Float[ArrayLike, "T"], resamples: Float[ArrayLike, "R T"]
+) -> tuple[float, float]:
+  """Variance of the mean over targets when both examples and targets are drawn anew.
+
+  examples + targets - interaction: the resampled means vary by the examples and by 1 / T of the
+  interaction; values vary between targets by the targets and by all of the interaction, which is
+  what the resamples of single targets vary more than their mean does, and must not count again.
+
+  Returns:
+    The variance, and its degrees of freedom by Satterthwaite: between T targets there are T - 1,
+    the more so the more of the variance is theirs. Infinite with one target, where only the
+    examples vary.
+  Reference: Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111; Cameron, Gelbach and Miller
+    2011, "Robust inference with multiway clustering"; Satterthwaite 1946.
+  """
+  values, resamples = np.asarray(values, np.float64), np.asarray(resamples, np.float64)
+  num_targets = len(values)
+  examples = float(np.var(resamples.mean(axis=1), ddof=1))
+  if num_targets == 1:
+    return examples, math.inf
+  single = float(np.var(resamples, axis=0, ddof=1).mean())
+  interaction = max(single - examples, 0.0) * num_targets / (num_targets - 1)
+  between = float(np.var(values, ddof=1))
+  variance = examples + max(between - interaction, 0.0) / num_targets
+  if between == 0:
+    return variance, math.inf
+  return variance, (num_targets - 1) * (variance * num_targets / between) ** 2
+
+
 def over_both(
-  key: Key,
   values: Float[ArrayLike, "T"],
   resamples: Float[ArrayLike, "R T"],
   *,
   confidence: float = 0.95,
   trials: int | None = None,
 ) -> Interval:
-  """Targets are drawn with replacement, then examples: the variation of a repeated study.
+  """The mean over targets when both examples and targets are drawn anew: a repeated study.
 
-  With one target there is nothing to draw, and the interval is that over examples, named so.
+  Student's t with the variance and degrees of freedom of `two_way`, on the scale of the log-odds.
+  One target cannot tell how targets vary: the interval is that over examples, named so.
 
   Args:
     values, resamples, confidence, trials: as `over_examples`.
   """
   if np.shape(resamples)[1] == 1:
     return over_examples(values, resamples, confidence=confidence, trials=trials)
-  means = _means_of_drawn_targets(key, resamples)
-  return _percentiles(np.mean(values), means, confidence, trials, OVER_BOTH)
+  variance, freedom = two_way(values, resamples)
+  return _within_unit(np.mean(values), variance, freedom, confidence, trials, OVER_BOTH)
 
 
 def of_difference(
-  key: Key,
   values: Float[ArrayLike, "T"],
   resamples: Float[ArrayLike, "R T"],
   reference: Float[ArrayLike, "T"],
   reference_resamples: Float[ArrayLike, "R T"],
   *,
   confidence: float = 0.95,
-) -> Interval:
+) -> Difference:
   """A metric of one attack minus that of another on the same targets and examples, in [-1, 1].
 
-  Paired: each resample draws the same examples and targets for both, so what makes an example or a
-  target easy for either attack cancels. Both `resample` calls must have had the same key.
+  Paired: each resample draws the same examples for both, and targets are compared with themselves,
+  so what makes an example or a target easy for either attack cancels. Both `resample` calls must
+  have had the same key. With one target only the examples vary.
   """
-  change = np.asarray(resamples) - np.asarray(reference_resamples)
-  value = np.mean(values) - np.mean(reference)
-  if change.shape[1] == 1:
-    means, name = change[:, 0], "paired bootstrap over examples"
+  change = np.asarray(values, np.float64) - np.asarray(reference, np.float64)
+  draws = np.asarray(resamples, np.float64) - np.asarray(reference_resamples, np.float64)
+  name = "paired, over examples" if len(change) == 1 else f"paired, {OVER_BOTH}"
+  return _difference(change.mean(), *two_way(change, draws), confidence, name)
+
+
+def of_accuracy(
+  values: Float[ArrayLike, "T"], *, num_examples: int | None, confidence: float = 0.95
+) -> Interval:
+  """Mean test accuracy of targets: Student's t over them; of one, the binomial of the test set.
+
+  Args:
+    values: float[T], in [0, 1].
+    num_examples: size of the test set, the same for all; None if unknown.
+  """
+  values = np.asarray(values, np.float64)
+  if len(values) > 1 or not num_examples:
+    return over_targets(values, confidence=confidence)
+  found = binomial(round(float(values[0]) * num_examples), num_examples, confidence=confidence)
+  return found._replace(value=float(values[0]))
+
+
+def of_accuracy_difference(
+  values: Float[ArrayLike, "T"],
+  reference: Float[ArrayLike, "T"],
+  *,
+  num_examples: int | None,
+  confidence: float = 0.95,
+) -> Difference | None:
+  """Mean accuracy of targets less that of the same targets before, on one test set.
+
+  Student's t over the paired targets. Of one target the binomial variances of both are added, as if
+  their test sets were two: with one, errors in common make the difference surer than that. None if
+  neither is known.
+  """
+  change = np.asarray(values, np.float64) - np.asarray(reference, np.float64)
+  if len(change) > 1:
+    variance, name = change.var(ddof=1) / len(change), "paired, over targets"
+    return _difference(change.mean(), variance, len(change) - 1, confidence, name)
+  if not num_examples:
+    return None
+  # Two pseudo-observations each (Agresti and Caffo 2000), so that 0 and 1 have a variance, too.
+  rates = [(float(v[0]) * num_examples + 1) / (num_examples + 2) for v in (values, reference)]
+  variance = sum(rate * (1 - rate) for rate in rates) / (num_examples + 2)
+  return _difference(change.mean(), variance, math.inf, confidence, "binomial of two test sets")
+
+
+def holm(p_values: Sequence[float], *, level: float = 0.05) -> list[bool]:
+  """Which of many differences to call different, so that the chance of any false one is `level`.
+
+  The smallest p must be at most level / m, the next level / (m - 1), ... up to the first that
+  fails.
+
+  >>> holm([0.02, 0.001, 0.04], level=0.05)
+  [True, True, True]
+  >>> holm([0.03, 0.001, 0.04], level=0.05)
+  [False, True, False]
+
+  Reference: Holm 1979.
+  """
+  found, order = [False] * len(p_values), np.argsort(p_values, kind="stable")
+  for done, i in enumerate(order):
+    if not p_values[i] <= level / (len(p_values) - done):
+      break
+    found[i] = True
+  return found
+
+
+def _difference(value, variance, freedom, confidence, name):
+  value, half = float(value), _half(variance, freedom, confidence)
+  low, high = max(value - half, -1.0), min(value + half, 1.0)
+  if variance == 0:
+    p = float(value == 0)
   else:
-    means, name = _means_of_drawn_targets(key, change), f"paired {OVER_BOTH}"
-  return _percentiles(value, means, confidence, None, name, lowest=-1.0)
+    p = float(2 * scipy.stats.t.sf(abs(value) / math.sqrt(variance), freedom))
+  return Difference(value, low, high, _named(name, confidence), p)
 
 
-def _means_of_drawn_targets(key, resamples):
-  """[R, T] -> [R]: the mean over T targets drawn with replacement, others in each resample."""
-  num_targets = np.shape(resamples)[1]
-  drawn = np.asarray(jax.random.randint(key, np.shape(resamples), 0, num_targets))
-  return np.take_along_axis(np.asarray(resamples), drawn, axis=1).mean(axis=1)
+def _half(variance, freedom, confidence):
+  return float(scipy.stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance))
+
+
+def _within_unit(value, variance, freedom, confidence, trials, name):
+  """Interval of a rate, symmetric in log-odds."""
+  value = float(value)
+  inside = 0 < value < 1
+  if trials is not None and (not inside or variance == 0):
+    return binomial(round(value * trials), trials, confidence=confidence)._replace(value=value)
+  half = _half(variance, freedom, confidence)
+  if not inside:
+    return Interval(value, max(value - half, 0.0), min(value + half, 1.0), _named(name, confidence))
+  center, half = scipy.special.logit(value), half / (value * (1 - value))
+  low, high = scipy.special.expit([center - half, center + half])
+  return Interval(value, float(low), float(high), _named(name, confidence))
 
 
 def binomial(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
@@ -353,15 +501,6 @@ def binomial(successes: int, trials: int, *, confidence: float = 0.95) -> Interv
   test = scipy.stats.binomtest(successes, trials).proportion_ci(confidence)
   name = _named("exact binomial", confidence)
   return Interval(successes / trials, float(test.low), float(test.high), name)
-
-
-def _percentiles(value, draws, confidence, trials, name, lowest=0.0):
-  value = float(value)
-  if trials is not None and np.ptp(draws) == 0:
-    return binomial(round(value * trials), trials, confidence=confidence)._replace(value=value)
-  tail = (1 - confidence) / 2
-  low, high = np.quantile(draws, [tail, 1 - tail]) + value - np.mean(draws)
-  return Interval(value, max(float(low), lowest), min(float(high), 1.0), _named(name, confidence))
 
 
 def _named(name, confidence):

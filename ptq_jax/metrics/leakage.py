@@ -6,10 +6,10 @@ N stands for {"value", "low", "high", "interval"}: a number, where it may lie, a
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
+import scipy.stats
 
-from ptq_jax.base import ArrayLike, Bool, Float, Key
+from ptq_jax.base import ArrayLike, Bool, Float, Key, Shaped, as_members
 from ptq_jax.metrics import intervals, roc
 
 FPRS = (0.01, 0.001, 0.0001, 0.00001)
@@ -41,12 +41,26 @@ class Sample(NamedTuple):
   levels: list[intervals.Level]
   values: intervals.Metrics
   draws: intervals.Metrics
+  curves: list[roc.Curve]  # of the targets
+
+  def of_targets(self, kept: Bool[np.ndarray, "T"]) -> "Sample":
+    """The same for some of the targets, in order."""
+    if kept.all():
+      return self
+    parts = [
+      intervals.Metrics(
+        part.auc[..., kept], part.balanced_accuracy[..., kept], part.tpr[..., kept, :]
+      )
+      for part in (self.values, self.draws)
+    ]
+    curves = [curve for curve, chosen in zip(self.curves, kept, strict=True) if chosen]
+    return Sample(self.levels, *parts, curves)
 
 
 def sample(
   key: Key,
-  scores: Float[ArrayLike, "T E"],
-  members: Bool[ArrayLike, "T E"],
+  scores: Shaped[ArrayLike, "T E"],
+  members: Shaped[ArrayLike, "T E"],
   *,
   fprs: Sequence[float] = FPRS,
   rules: Sequence[roc.Rule] = ("at_most", "below"),
@@ -55,54 +69,41 @@ def sample(
 ) -> Sample:
   """What `summarise` and `compare` rest on; arguments and errors as `summarise`."""
   levels = [intervals.Level(fpr, rule) for rule in rules for fpr in fprs]
-  values = intervals.measure(scores, members, levels=levels, audited=audited)
+  ranked = intervals.rank(scores, members, audited=audited)
   draws = intervals.resample(
-    jax.random.split(key)[0],
-    scores,
-    members,
-    levels=levels,
-    audited=audited,
-    num_resamples=num_resamples,
+    key, scores, members, levels=levels, ranked=ranked, num_resamples=num_resamples
   )
-  return Sample(levels, values, draws)
+  values = intervals.measure(scores, members, levels=levels, ranked=ranked)
+  return Sample(levels, values, draws, ranked.curves)
 
 
-def compare(key: Key, one: Sample, reference: Sample, *, confidence: float = 0.95) -> dict:
+def compare(one: Sample, reference: Sample, *, confidence: float = 0.95) -> dict:
   """One attack minus another on the same targets and examples, with paired intervals.
 
   Args:
-    key: that of both samples.
-    one, reference: of the same operating points.
+    one, reference: of the same operating points, drawn with the same key.
     confidence: of the intervals.
   Returns:
-    {"auc": N, "tpr": [{"fpr", "rule", **N}]}, see the module's text.
+    {"auc": D, "balanced_accuracy": D, "tpr": [{"fpr", "rule", **D}]}, where D is {"value", "low",
+    "high", "interval", "p"}, p the two-sided p-value of no difference.
   """
-  target_key = jax.random.split(key)[1]
 
-  def number(value, draws, other, other_draws):
-    return intervals.of_difference(
-      target_key, value, draws, other, other_draws, confidence=confidence
-    )._asdict()
+  def number(name, i=...):
+    parts = [getattr(x, name) for sample in (one, reference) for x in (sample.values, sample.draws)]
+    parts = [part[..., i] if name == "tpr" else part for part in parts]
+    return intervals.of_difference(*parts, confidence=confidence)._asdict()
 
   return {
-    "auc": number(one.values.auc, one.draws.auc, reference.values.auc, reference.draws.auc),
-    "tpr": [
-      level._asdict()
-      | number(
-        one.values.tpr[:, i],
-        one.draws.tpr[..., i],
-        reference.values.tpr[:, i],
-        reference.draws.tpr[..., i],
-      )
-      for i, level in enumerate(one.levels)
-    ],
+    "auc": number("auc"),
+    "balanced_accuracy": number("balanced_accuracy"),
+    "tpr": [level._asdict() | number("tpr", i) for i, level in enumerate(one.levels)],
   }
 
 
 def summarise(
   key: Key,
-  scores: Float[ArrayLike, "T E"],
-  members: Bool[ArrayLike, "T E"],
+  scores: Shaped[ArrayLike, "T E"],
+  members: Shaped[ArrayLike, "T E"],
   *,
   fprs: Sequence[float] = FPRS,
   rules: Sequence[roc.Rule] = ("at_most", "below"),
@@ -115,8 +116,8 @@ def summarise(
 ) -> dict:
   """Everything that tables and figures need about one attack.
 
-  Numbers are means over the T targets. Intervals are bootstraps over examples and models (over
-  examples with one target) unless said otherwise.
+  Numbers are means over the T targets. Intervals are over examples and models (over examples with
+  one target) unless said otherwise.
 
   Args:
     key: the same key for all methods and levels makes their intervals comparable.
@@ -135,36 +136,49 @@ def summarise(
   Returns:
     {"num_targets", "num_members", "num_non_members" (per target, the fewest of all targets),
      "auc": N, "balanced_accuracy": N,
-     "tpr": [{"fpr", "rule", **N, "over_examples": N, "over_targets": N (t-interval),
+     "tpr": [{"fpr", "rule", **N, "chance" (what a guesser reaches there, `roc.chance`),
+       "over_examples": N, "over_targets": N (t-interval),
+       "realised_fpr": N (of the very non-members the threshold was set on; exact binomial interval
+         of one target's), "promised_fpr": N (that of new non-members: chance, and where it lies,
+         by the order statistic that the threshold is),
        "false_positives" (at the vertex used; the fewest of all targets),
        "total_false_positives" (of all targets), "few_false_positives" (fewer than 10),
-       "transferred": None or {"tpr": N, "fpr": N} (t-intervals), the rates that a threshold set
-       on shadows alone realises on the targets}],
-     "precision": [{"prior", "fpr", **N}],
-     "curve": {"fpr": [...], "tpr": [...]}, mean over targets of the largest TPR at each FPR}.
+       "transferred": None or {"tpr": N, "fpr": N}, the rates that a threshold set on shadows alone
+       realises on the targets (t-intervals; of one target exact binomials)}],
+     "precision": [{"prior", "fpr", **N}], from the TPR and the promised rate of accusing
+       non-members, the interval from the cautious end of both to the other,
+     "curve": {"fpr": [...], "tpr": [...], "low": [...], "high": [...]}, mean over targets of the
+       largest TPR at each FPR, and the least and most exposed targets there}.
   Raises:
     ValueError: as `roc.curve`, for any target.
   """
-  scores, members = np.asarray(scores), np.asarray(members).astype(bool)
+  scores, members = np.asarray(scores), np.asarray(as_members(members))
   audited = np.ones_like(members) if audited is None else np.asarray(audited)
   if sampled is None:
     sampled = sample(
       key, scores, members, fprs=fprs, rules=rules, audited=audited, num_resamples=num_resamples
     )
-  levels, values, draws = sampled
-  target_key = jax.random.split(key)[1]
-  curves = [
-    roc.curve(row[keep], m[keep]) for row, m, keep in zip(scores, members, audited, strict=True)
-  ]
+  levels, values, draws, curves = sampled
   transfers = transferred(scores, members, levels=levels, audited=audited, shadows=shadows)
   num_members = int((members & audited).sum(axis=1).min())
+  num_others = int((~members & audited).sum(axis=1).min())
 
   def number(value, draw, trials=None):
-    both = intervals.over_both(target_key, value, draw, confidence=confidence, trials=trials)
-    return both._asdict()
+    return intervals.over_both(value, draw, confidence=confidence, trials=trials)._asdict()
 
-  def over_targets(value):
-    return intervals.over_targets(np.asarray(value), confidence=confidence)._asdict()
+  def share(counts, trials):
+    """A realised rate: over targets, or exact for one."""
+    if len(counts) > 1:
+      rates = np.asarray(counts) / np.asarray(trials)
+      return intervals.over_targets(rates, confidence=confidence)._asdict()
+    return intervals.binomial(int(counts[0]), int(trials[0]), confidence=confidence)._asdict()
+
+  def of_transfer(points):
+    groups = [((members if inside else ~members) & audited).sum(axis=1) for inside in (True, False)]
+    return {
+      "tpr": share([point.true_positives for point in points], groups[0]),
+      "fpr": share([point.false_positives for point in points], groups[1]),
+    }
 
   def rate(i, level):
     value, draw = values.tpr[:, i], draws.tpr[..., i]
@@ -172,42 +186,44 @@ def summarise(
     points = transfers and transfers[i]
     return (
       {**level._asdict(), **number(value, draw, num_members)}
-      | {"over_examples": examples._asdict(), "over_targets": over_targets(value)}
-      | _false_positives(curves, level)
-      | {
-        "transferred": points
-        and {
-          "tpr": over_targets([point.tpr for point in points]),
-          "fpr": over_targets([point.fpr for point in points]),
-        }
-      }
+      | {"chance": float(roc.chance(num_others, fpr=level.fpr, rule=level.rule))}
+      | {"over_examples": examples._asdict()}
+      | {"over_targets": intervals.over_targets(value, confidence=confidence)._asdict()}
+      | _false_positives(curves, level, num_others, confidence)
+      | {"transferred": points and of_transfer(points)}
     )
 
-  def precision(prior, i):
-    both = [roc.precision(tpr[..., i], fprs[i], prior=prior) for tpr in (values.tpr, draws.tpr)]
-    return {"prior": prior, "fpr": fprs[i], **number(*both)}
+  def precision(prior, entry):
+    ends = {"value": ("value", "value"), "low": ("low", "high"), "high": ("high", "low")}
+    parts = {
+      name: float(roc.precision(entry[own], entry["promised_fpr"][other], prior=prior))
+      for name, (own, other) in ends.items()
+    }
+    return {"prior": prior, "fpr": entry["fpr"], **parts, "interval": entry["interval"]}
 
+  rates = [rate(i, level) for i, level in enumerate(levels)]
   return {
     "num_targets": len(scores),
     "num_members": num_members,
-    "num_non_members": int((~members & audited).sum(axis=1).min()),
+    "num_non_members": num_others,
     "auc": number(values.auc, draws.auc),
     "balanced_accuracy": number(values.balanced_accuracy, draws.balanced_accuracy),
-    "tpr": [rate(i, level) for i, level in enumerate(levels)],
-    "precision": [precision(prior, i) for prior in priors for i in range(len(fprs))],
+    "tpr": rates,
+    "precision": [precision(prior, rates[i]) for prior in priors for i in range(len(fprs))],
     "curve": mean_curve(curves),
   }
 
 
 def mean_curve(curves: Sequence[roc.Curve]) -> dict[str, list[float]]:
-  """Mean over curves of the largest TPR at each of `CURVE_FPRS`."""
-  tpr = np.mean([roc.tpr_on_grid(curve, CURVE_FPRS) for curve in curves], axis=0)
-  return {"fpr": CURVE_FPRS.tolist(), "tpr": tpr.tolist()}
+  """Mean, lowest and highest over curves of the largest TPR at each of `CURVE_FPRS`."""
+  rows = np.stack([roc.tpr_on_grid(curve, CURVE_FPRS) for curve in curves])
+  parts = {"fpr": CURVE_FPRS, "tpr": rows.mean(axis=0), "low": rows.min(0), "high": rows.max(0)}
+  return {name: part.tolist() for name, part in parts.items()}
 
 
 def transferred(
-  scores: Float[ArrayLike, "T E"],
-  members: Bool[ArrayLike, "T E"],
+  scores: Shaped[ArrayLike, "T E"],
+  members: Shaped[ArrayLike, "T E"],
   *,
   levels: Sequence[intervals.Level],
   audited: Bool[ArrayLike, "T E"] | None = None,
@@ -226,7 +242,7 @@ def transferred(
     For each level one point per target, whose `fpr` is the realised rate; None for one target
     without shadows.
   """
-  scores, members = np.asarray(scores), np.asarray(members).astype(bool)
+  scores, members = np.asarray(scores), np.asarray(as_members(members))
   audited = np.ones_like(members) if audited is None else np.asarray(audited)
   if shadows is None and len(scores) == 1:
     return None
@@ -234,9 +250,9 @@ def transferred(
     others = ~members & audited
     pool, owner = scores[others], np.nonzero(others)[0]
   else:
-    pool = np.asarray(shadows.scores)[~np.asarray(shadows.members).astype(bool)]
+    pool = np.asarray(shadows.scores)[~np.asarray(as_members(shadows.members))]
     owner = np.full(pool.shape, -1)
-  order = np.argsort(-pool)
+  order = np.argsort(pool)[::-1]
   pool, owner = pool[order], owner[order]
   points = [[] for _ in levels]
   for t, keep in enumerate(audited):
@@ -248,7 +264,7 @@ def transferred(
 
 
 def calibration_audits(
-  members: Bool[ArrayLike, "T E"], calibrated: Bool[ArrayLike, "T E"]
+  members: Shaped[ArrayLike, "T E"], calibrated: Bool[ArrayLike, "T E"]
 ) -> dict[str, Audit]:
   """Does a quantizer leak the examples it was calibrated on?
 
@@ -263,7 +279,7 @@ def calibration_audits(
       "calibration among non-members": within the non-members, calibrated or not (a calibration set
         disjoint from the training set).
   """
-  members, calibrated = (np.asarray(a).astype(bool) for a in (members, calibrated))
+  members, calibrated = (np.asarray(as_members(a)) for a in (members, calibrated))
   untouched = ~members & ~calibrated
   audits = {
     "calibration members": Audit(members, untouched | (members & calibrated)),
@@ -278,10 +294,22 @@ def calibration_audits(
   }
 
 
-def _false_positives(curves, level):
+def _false_positives(curves, level, num_others, confidence):
   points = [roc.point_at_fpr(curve, fpr=level.fpr, rule=level.rule) for curve in curves]
   counts = [point.false_positives for point in points]
+  realised = intervals.binomial(round(np.mean(counts)), num_others, confidence=confidence)
+  chance = float(roc.chance(num_others, fpr=level.fpr, rule=level.rule))
+  allowed = round(chance * (num_others + 1)) - 1
+  tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+  low, high = scipy.stats.beta.ppf(tails, allowed + 1, max(num_others - allowed, 1e-9))
+  promised = intervals.Interval(
+    chance, float(low), float(high), f"order statistic, {100 * confidence:g} %"
+  )
   return {
+    "realised_fpr": realised._replace(
+      value=float(np.mean([point.fpr for point in points]))
+    )._asdict(),
+    "promised_fpr": promised._asdict(),
     "false_positives": min(counts),
     "total_false_positives": sum(counts),
     "few_false_positives": min(counts) < FEW_FALSE_POSITIVES,

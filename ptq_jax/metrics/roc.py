@@ -70,13 +70,17 @@ def curve(scores: Scores, members: Members) -> Curve:
   Raises:
     ValueError: if a score is NaN, the lengths differ, or there is no member or no non-member.
   """
-  scores, members = _checked(scores, members)
+  scores, members = checked(scores, members)
   if on_device(scores, members):
     return _device_curve(scores, members)
   order = np.argsort(scores, kind="stable")[::-1]
-  ordered = scores[order]
+  return from_ranked(scores[order], members[order])
+
+
+def from_ranked(ordered: Shaped[np.ndarray, "E"], members: Shaped[np.ndarray, "E"]) -> Curve:
+  """The curve of scores that are sorted already, from high to low; nothing is checked."""
   last_of_tie = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
-  true_positives = np.append(0, np.cumsum(members[order])[last_of_tie])
+  true_positives = np.append(0, np.cumsum(members)[last_of_tie])
   false_positives = np.append(0, last_of_tie + 1) - true_positives
   thresholds = ordered[last_of_tie].astype(np.float64)
   return Curve(
@@ -248,7 +252,7 @@ def point_at_threshold(scores: Scores, members: Members, *, threshold: Real | in
   Raises:
     ValueError: as `curve`.
   """
-  scores, members = _checked(scores, members)
+  scores, members = checked(scores, members)
   accepted = (scores >= threshold) & (threshold < np.inf)
   found = [(accepted & side).sum() for side in (members, ~members)]
   tpr, fpr = [count / side.sum() for count, side in zip(found, (members, ~members), strict=True)]
@@ -267,7 +271,12 @@ def _plain(number):
   return number if isinstance(number, jax.Array) else number.item()
 
 
-def _checked(scores, members):
+def checked(scores: Scores, members: Members) -> tuple[ArrayLike, ArrayLike]:
+  """Scores and membership as arrays that have a curve.
+
+  Raises:
+    ValueError: as `curve`.
+  """
   scores, members = as_scores(scores), as_members(members)
   if scores.ndim != 1 or scores.shape != members.shape:
     raise ValueError(

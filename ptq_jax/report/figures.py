@@ -88,7 +88,7 @@ def draw(
   found: dict[str, Figure] = {}
   if fpr is not None:
     found["privacy_utility"] = privacy_utility(records, attack=attack, fpr=fpr)
-  if any(_curve(record) for row in rows for record in row[1:]):
+  if any(_curve(record) for row in rows for record in row.shown):
     found["roc"] = roc(records, attack=attack)
   if fpr is not None and records_lib.sweeps(rows):
     found["last_layer"] = last_layer(records, attack=attack, fpr=fpr)
@@ -109,7 +109,7 @@ def roc(records: Sequence[Record], *, attack: str | None = None) -> Figure:
     ValueError: if no leakage record of the attack has a curve.
   """
   rows = records_lib.main_rows(records_lib.side_by_side(records, attack=attack))
-  shown = [record for row in rows for record in row[1:] if _curve(record)]
+  shown = [record for row in rows for record in row.shown if _curve(record)]
   if not shown:
     raise ValueError("no leakage record of this attack has a 'curve'; there is nothing to draw.")
   full, quantized = _split(rows)
@@ -158,7 +158,7 @@ def privacy_utility(
   fpr = _checked_fpr(records, attack, fpr)
   full, quantized = _split(records_lib.main_rows(rows))
   quantized, broken = _usable(quantized, full)
-  attackers = [name for name in records_lib.ATTACKERS if any(getattr(r, name) for r in quantized)]
+  attackers = [name for name in records_lib.SIDES if any(getattr(r, name) for r in quantized)]
   attackers = attackers or ["full_precision"]
   methods = list(dict.fromkeys(row.variant.method for row in quantized))
   with matplotlib.rc_context(_STYLE):
@@ -256,7 +256,7 @@ def exposure_overlap(records: Sequence[Record]) -> Figure:
     axes = figure.subplots()
     shift = 0.06
     for i, method in enumerate(methods):
-      for attacker in (*records_lib.ATTACKERS, None):
+      for attacker in (*records_lib.SIDES, None):
         some = [r for r in found if (r["method"], r.get("attacker")) == (method, attacker)]
         some.sort(key=lambda r: levels.index(r["levels"]))
         x = [levels.index(r["levels"]) + shift * (i - (len(methods) - 1) / 2) for r in some]
@@ -371,13 +371,16 @@ def _svg(figure: Figure, settings: dict[str, Any], **kwargs) -> str:
 
 
 def _roc_lines(axes: Axes, row: Row, color: str) -> None:
-  for record, style in ((row.full_precision, _DASHED), (row.matched, "-")):
+  for record, style in ((row.full_precision or row.given, _DASHED), (row.matched, "-")):
     curve = _curve(record)
     if curve:
       fpr, tpr = (np.asarray(curve[k], float) for k in ("fpr", "tpr"))
       keep = np.isfinite(fpr) & np.isfinite(tpr) & (fpr > 0) & (tpr > 0)
       solid = "-" if row.variant.method == "none" else style
       axes.plot(fpr[keep], tpr[keep], color=color, linestyle=solid)
+      if "low" in curve and solid == "-":
+        low, high = (np.asarray(curve[k], float)[keep] for k in ("low", "high"))
+        axes.fill_between(fpr[keep], np.maximum(low, 1e-12), high, color=color, alpha=0.1, lw=0)
 
 
 def _curve(record: Record | None) -> Record | None:
@@ -528,7 +531,7 @@ def _sweep_lines(
   group = sorted(group, key=lambda row: lasts.index(row.variant.last_layer_levels))
   x = [float(lasts.index(row.variant.last_layer_levels)) for row in group]
   _number_line(column[0], x, [_accuracy(row) for row in group], color)
-  for attacker in records_lib.ATTACKERS:
+  for attacker in records_lib.SIDES:
     numbers = [_tpr(getattr(row, attacker), fpr) for row in group]
     _number_line(column[1], x, numbers, color, dashed=attacker == "full_precision")
 
@@ -637,7 +640,7 @@ def _checked_fpr(records: Sequence[Record], attack: str | None, fpr: float | Non
 
 
 def _is_weak(rows: Sequence[Row], fpr: float) -> bool:
-  shown = [record for row in rows for record in row[1:] if record is not None]
+  shown = [record for row in rows for record in row.shown]
   return any(records_lib.weakness(record, records_lib.tpr_at(record, fpr)) for record in shown)
 
 

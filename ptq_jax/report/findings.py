@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ptq_jax.report import records as records_lib
 from ptq_jax.report import tables
-from ptq_jax.report.records import Difference, Record, Row
+from ptq_jax.report.records import Record, Row
 from ptq_jax.report.tables import percent_words, rate_decimals
 
 
@@ -23,8 +23,9 @@ def summarize(
 ) -> Findings:
   """The main findings in words, computed from the records.
 
-  A difference that may be 0 (its own interval holds it, or, where only the two numbers have
-  intervals, these overlap) is said to be within the intervals, not a finding.
+  Differences are paired, over the same examples and targets; one that may be 0 is not a finding.
+  How many variants leak less is judged with Holm's method for so many comparisons. All rates are
+  those of the attacker that `Row.counted` names.
 
   Args:
     records: any records.
@@ -42,9 +43,12 @@ def summarize(
   chosen = narrowest(records_lib.main_rows(quantized), fpr)
   points = [
     *_baseline_point(full, fpr),
-    *_protection_point(full, quantized, fpr),
+    *_protection_point(quantized, fpr),
     *_underestimate_point(quantized, fpr),
     *_unmatched_point(quantized),
+    *_releases_point(records, attack, fpr),
+    *_epsilon_point(full),
+    *_targets_point(full),
     *_accuracy_point(full, quantized),
     *_weak_point(rows, fpr),
   ]
@@ -53,7 +57,7 @@ def summarize(
 
 def narrowest(rows: Sequence[Row], fpr: float) -> Row | None:
   """Of the rows with the fewest levels, the most accurate: what one would ship at that width."""
-  measured = [row for row in rows if _rate(row.worst(fpr), fpr) is not None]
+  measured = [row for row in rows if _rate(row.counted, fpr) is not None]
   few = min((row.variant.levels or math.inf for row in measured), default=None)
   some = [row for row in measured if (row.variant.levels or math.inf) == few]
   return max(some, key=lambda row: _accuracy(row) or 0.0, default=None)
@@ -61,8 +65,8 @@ def narrowest(rows: Sequence[Row], fpr: float) -> Row | None:
 
 def _headline(full: Row | None, chosen: Row | None, fpr: float) -> str:
   at = f"of members found at {percent_words(fpr)} false positives"
-  before = None if full is None else _rate(full.worst(fpr), fpr)
-  after = None if chosen is None else _rate(chosen.worst(fpr), fpr)
+  before = None if full is None else _rate(full.counted, fpr)
+  after = None if chosen is None else _rate(chosen.counted, fpr)
   if after is None:
     return (
       "No leakage was measured."
@@ -72,27 +76,31 @@ def _headline(full: Row | None, chosen: Row | None, fpr: float) -> str:
   name = records_lib.describe(chosen.variant)
   if before is None:
     return f"{name}: {_percent(after, fpr)} {at}."
-  change = _tpr_difference(chosen.worst(fpr), full.worst(fpr), fpr)
+  change = records_lib.change(chosen.counted, fpr)
   rates = f"{_percent(before, fpr)} to {_percent(after, fpr)} {at}"
-  cost = _cost(full, chosen)
-  if change.overlap is None:
-    return f"{name}: from {rates} (no intervals recorded){cost}."
-  if change.overlap:
-    return f"{name}: from {rates}, a difference within the intervals{cost}."
+  cost = _cost(chosen)
+  if change is None or change.sure is None:
+    return f"{name}: from {rates} (no paired interval recorded){cost}."
+  if not change.sure:
+    return f"{name}: from {rates}, a difference that may be chance{cost}."
   return f"{name} {'lowers' if change.value < 0 else 'raises'} leakage from {rates}{cost}."
 
 
-def _cost(full: Row, chosen: Row) -> str:
+def _cost(chosen: Row) -> str:
   """What it costs in accuracy, as the end of a sentence."""
-  change = records_lib.difference(
-    chosen.either.get("test_accuracy"), full.either.get("test_accuracy")
-  )
-  if change is None:
+  change = records_lib.accuracy_change(chosen.either)
+  if change is None or change.sure is None:
     return ""
-  if change.overlap:
-    return ", with test accuracy within the interval of full precision"
+  if not change.sure:
+    return ", with no measurable change of test accuracy"
   words = "at a cost of" if change.value < 0 else "with a gain of"
-  return f", {words} {100 * abs(change.value):.1f} points of test accuracy"
+  return f", {words} {_points(change.value)} points of test accuracy"
+
+
+def _points(change: float) -> str:
+  """A change in percentage points, with as many digits as keep it from being 0."""
+  size = 100 * abs(change)
+  return next((t for d in (1, 2, 3) if float(t := f"{size:.{d}f}") > 0), f"{size:.1g}")
 
 
 def _audited(records: Sequence[Record], attack: str) -> str:
@@ -103,8 +111,10 @@ def _audited(records: Sequence[Record], attack: str) -> str:
   run = runs[0]
   model, data = run["model"], run["data"]
   parameters = _count(model.get("parameters"), "parameters")
-  pool = _count(data.get("pool_size"), "images, each model trained on half of them")
-  what = f"{model.get('name', 'model')} models{f' ({parameters})' if parameters else ''}"
+  share = _share(data.get("members_share"))
+  pool = _count(data.get("pool_size"), f"examples{share}")
+  what = f"{model['name']} models" if "name" in model else "models"
+  what += f" ({parameters})" if parameters else ""
   where = f"{data.get('name', 'data')}{f' ({pool})' if pool else ''}"
   if run["protocol"] == "leave-one-out":
     how = f"{run['models']} {what} on {where}; each is attacked with the others as shadows"
@@ -113,81 +123,122 @@ def _audited(records: Sequence[Record], attack: str) -> str:
   return f"{how}. Attack: {records_lib.attack_name(attack)}."
 
 
+def _share(share: float | None) -> str:
+  """On how many of the examples each model was trained, if that is known."""
+  if share is None:
+    return ""
+  return f", each model trained on {'half' if abs(share - 0.5) < 0.005 else f'{share:.0%}'} of them"
+
+
 def _baseline_point(full: Row | None, fpr: float) -> list[str]:
   """How much full precision leaks, against chance."""
-  number = None if full is None else records_lib.tpr_at(full.worst(fpr), fpr)
+  number = None if full is None else records_lib.tpr_at(full.counted, fpr)
   value = records_lib.value_of(number)
   if value is None:
     return []
-  low, _ = records_lib.bounds_of(number)
+  low, high = records_lib.bounds_of(number)
+  chance = number.get("chance", fpr)
   start = (
     f"At full precision the attack finds {_percent(value, fpr)} of members"
-    f"{_interval(number, fpr)} while accusing {percent_words(fpr)} of non-members"
+    f"{_interval(number, fpr)} at a threshold that {percent_words(fpr)} of non-members pass"
   )
-  if low is not None and low <= fpr:
-    return [f"{start}; chance ({percent_words(fpr)}) is within the interval."]
-  return [f"{start}, {value / fpr:.1f} times chance."]
+  guess = f"chance ({_percent(chance, fpr)})"
+  if low is None or high is None:
+    return [f"{start}; {guess} was not compared."]
+  if low > chance:
+    return [f"{start}, {value / chance:.1f} times {guess}."]
+  if high < chance:
+    return [f"{start}; that is below {guess}: the attack errs."]
+  return [f"{start}; {guess} is within the interval."]
 
 
-def _protection_point(full: Row | None, quantized: Sequence[Row], fpr: float) -> list[str]:
-  """How many variants leak measurably less than full precision to the better attacker."""
-  if full is None:
-    return []
-  changes = {
-    row.variant: _tpr_difference(row.worst(fpr), full.worst(fpr), fpr) for row in quantized
-  }
-  known = {v: c for v, c in changes.items() if c is not None and c.overlap is not None}
+def _protection_point(quantized: Sequence[Row], fpr: float) -> list[str]:
+  """How many variants leak measurably less than full precision, over so many comparisons."""
+  known = records_lib.surely({r.variant: records_lib.change(r.counted, fpr) for r in quantized})
   if not known:
     return []
-  lower = [v for v, c in known.items() if not c.overlap and c.value < 0]
-  higher = [v for v, c in known.items() if not c.overlap and c.value > 0]
-  sentence = f"{_variants(len(lower), len(known))} less than full precision beyond the intervals"
+  lower = [v for v, c in known.items() if c.sure and c.value < 0]
+  higher = [v for v, c in known.items() if c.sure and c.value > 0]
+  sentence = f"{_variants(len(lower), len(known))} measurably less than full precision"
   if lower:
     widest = max(lower, key=lambda v: v.levels or math.inf)
     sentence += f"; the widest of them is {records_lib.describe(widest)}"
   if higher:
-    sentence += f"; {len(higher)} more"
+    sentence += f"; {len(higher)} {'leaks' if len(higher) == 1 else 'leak'} more"
+  if len(known) > 1:
+    sentence += f" (paired, Holm's method for {len(known)} comparisons at 5%)"
   return [f"{sentence}."]
+
+
+def _targets_point(full: Row | None) -> list[str]:
+  """What one target cannot tell."""
+  if full is None or full.counted.get("num_targets") != 1:
+    return []
+  return [
+    "One target was attacked: the intervals are about this model and say nothing about others"
+    " trained alike."
+  ]
+
+
+def _epsilon_point(full: Row | None) -> list[str]:
+  """What differential privacy is refuted."""
+  bound = {} if full is None else full.counted.get("epsilon") or {}
+  if not bound.get("epsilon"):
+    return []
+  return [
+    f"Full precision cannot be ({bound['epsilon']:.2g}, {bound['delta']:g})-differentially private"
+    f" ({bound['confidence']:.0%} confidence, examples taken for independent)."
+  ]
+
+
+def _releases_point(records: Sequence[Record], attack: str, fpr: float) -> list[str]:
+  """What publishing a quantized version beside full precision costs, at most."""
+  found = records_lib.select(records, "leakage", attack=attack, attacker="releases")
+  changes = {records_lib.variant(r): records_lib.change(r, fpr) for r in found}
+  known = records_lib.surely(changes)
+  if not known:
+    return []
+  which, most = max(known.items(), key=lambda pair: pair[1].value)
+  more = sum(c.sure and c.value > 0 for c in known.values())
+  start = "Publishing full precision and a quantized version together: the attack on both finds"
+  if not more:
+    return [f"{start} measurably more members than that on full precision alone for none of them."]
+  return [
+    f"{start} measurably more members than that on full precision alone for {more} of {len(known)}"
+    f" versions, most for {records_lib.describe(which)}: {_points(most.value)} points more."
+  ]
 
 
 def _underestimate_point(quantized: Sequence[Row], fpr: float) -> list[str]:
-  """By how much full-precision shadows underestimate, at most and how often."""
-  gaps = [(records_lib.underestimate(row, fpr), row) for row in quantized]
-  gaps = [(gap, row) for gap, row in gaps if gap is not None]
-  if not gaps:
+  """By how much full-precision shadows underestimate the attacker that counts, and how often."""
+  gaps = {row.variant: records_lib.underestimate(row, fpr) for row in quantized}
+  known = records_lib.surely(gaps)
+  if not known:
     return []
-  known = [gap for gap, _ in gaps if gap.overlap is not None]
-  more, fewer = (sum(not gap.overlap and sign * gap.value > 0 for gap in known) for sign in (1, -1))
-  gap, row = max(gaps, key=lambda pair: pair[0].value)
-  if gap.value <= 0 and not fewer:
-    return ["Nowhere do matched shadows find more members than full-precision shadows."]
-  if known and not more and fewer:
-    return [
-      "Nowhere do matched shadows find measurably more members than full-precision shadows; in"
-      f" {fewer} of {len(known)} quantized variants they find fewer, beyond the intervals. The"
-      " findings quote the attacker who finds more."
-    ]
-  seen, found = (_percent(_rate(record, fpr), fpr) for record in row[1:])
+  more, fewer = (
+    [v for v, gap in known.items() if gap.sure and sign * gap.value > 0] for sign in (1, -1)
+  )
+  if not more:
+    sentence = "No attacker finds measurably more members than one with full-precision shadows"
+    if fewer:
+      sentence += f"; in {len(fewer)} of {len(known)} quantized variants the chosen one finds fewer"
+    return [f"{sentence}."]
+  which = max(more, key=lambda v: known[v].value)
+  row = next(row for row in quantized if row.variant == which)
+  seen, found = (_percent(_rate(record, fpr), fpr) for record in (row.full_precision, row.counted))
   sentence = (
-    "An attacker who does not quantize its shadows underestimates leakage most for"
-    f" {records_lib.describe(row.variant)}: it finds {seen} of members where matched shadows find"
+    "An attacker who does not quantize its shadows and does not rescale underestimates leakage most"
+    f" for {records_lib.describe(which)}: it finds {seen} of members where the best attacker finds"
     f" {found}"
   )
-  if gap.overlap:
-    sentence += "; that difference is within the intervals"
-  if more:
-    counts = {"more": more, "fewer": fewer}
-    found = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
-    sentence += f". Matched shadows find {found} of {len(known)} quantized variants"
-    sentence += " beyond the intervals"
-  elif len(known) > 1:
-    sentence += ", and so is every other"
-  return [f"{sentence}."]
+  counts = {"more": len(more), "fewer": len(fewer)}
+  words = " and ".join(f"{word} in {count}" for word, count in counts.items() if count)
+  return [f"{sentence}. That one finds measurably {words} of {len(known)} quantized variants."]
 
 
 def _unmatched_point(quantized: Sequence[Row]) -> list[str]:
   """A warning when nobody attacked some quantized variant with quantized shadows."""
-  missing = [row for row in quantized if row.matched is None]
+  missing = [row for row in quantized if row.full_precision and row.matched is None]
   if not missing:
     return []
   which = (
@@ -202,17 +253,17 @@ def _unmatched_point(quantized: Sequence[Row]) -> list[str]:
 
 
 def _accuracy_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
-  """The narrowest variant whose accuracy is within the interval of full precision."""
+  """The narrowest variant whose accuracy did not fall measurably."""
   if full is None:
     return []
-  number = full.either.get("test_accuracy")
-  changes = [(records_lib.difference(r.either.get("test_accuracy"), number), r) for r in quantized]
-  same = [row for change, row in changes if change is not None and change.overlap]
+  changes = [(records_lib.accuracy_change(row.either), row) for row in quantized]
+  same = [r for change, r in changes if change and (change.sure is False or (change.sure and (
+    change.value > 0)))]  # fmt: skip
   if not same:
     return []
   row = min(same, key=lambda r: (r.variant.levels or math.inf, -(_accuracy(r) or 0.0)))
   return [
-    "The narrowest variant whose test accuracy is within the interval of full precision"
+    "The narrowest variant without a measurable loss of test accuracy against full precision"
     f" ({100 * (_accuracy(full) or 0.0):.1f}%) is {records_lib.describe(row.variant)},"
     f" {100 * (_accuracy(row) or 0.0):.1f}%."
   ]
@@ -227,12 +278,6 @@ def _weak_point(rows: Sequence[Row], fpr: float) -> list[str]:
     f"Some rates at {percent_words(fpr)} FPR rest on fewer than"
     f" {records_lib.FEW_FALSE_POSITIVES} false positives; read the intervals, not the digits."
   ]
-
-
-def _tpr_difference(
-  record: Record | None, reference: Record | None, fpr: float
-) -> Difference | None:
-  return records_lib.difference(records_lib.tpr_at(record, fpr), records_lib.tpr_at(reference, fpr))
 
 
 def _rate(record: Record | None, fpr: float) -> float | None:

@@ -27,7 +27,8 @@ CAPTIONS = {
   "roc": (
     "ROC curves",
     "True positives the attack gains for the false positives it accepts, both on logarithmic axes:"
-    " the left edge is where an accusation means something. On the diagonal it guesses.",
+    " the left edge is where an accusation means something. On the diagonal it guesses. Lines are"
+    " means over targets, bands reach from the least to the most exposed target.",
   ),
   "last_layer": (
     "Precision of the last layer",
@@ -39,7 +40,8 @@ CAPTIONS = {
   ),
   "exposed_examples": (
     "The most exposed examples",
-    "Pool examples whose membership the attack is surest about, averaged over the targets.",
+    "Pool examples whose scores differ most between targets that trained on them and targets that"
+    " did not; below each the difference, in the attack's units.",
   ),
 }
 """Titles and captions of figures by name; other names are shown with their name as title."""
@@ -59,14 +61,21 @@ GLOSSARY = (
   (
     "Matched shadows",
     "The attacker quantizes every shadow as the target was quantized: what somebody can do who"
-    " knows the format of the shipped model. With enough shadows that is the honest bound; few"
-    " are noisier when quantized, and may find less. Headline and findings quote the attacker who"
-    " finds more.",
+    " knows the format of the shipped model. Few of them may find less than full-precision ones.",
+  ),
+  (
+    "Best attacker",
+    "Quantizing shifts and narrows all scores, which hides members from an attacker who does not"
+    " correct for it. So there are more attackers: rescaled scores, both kinds of shadows. For each"
+    " target the one counts that finds most members in models whose membership the attacker knows;"
+    " the target's own membership chooses nothing.",
   ),
   (
     "TPR at 1% FPR",
-    "The share of members found when at most 1% of non-members may be accused. Guessing finds 1%."
-    " A few people exposed with certainty matter more than an average, so look at low rates.",
+    "The share of members found when at most 1% of non-members may be accused. Guessing finds 1%;"
+    " with k allowed of n non-members it finds (k + 1) / (n + 1), so a rate below 1 / n is no rate"
+    " that a threshold can promise. A few people exposed with certainty matter more than an"
+    " average, so look at low rates.",
   ),
   (
     "AUC",
@@ -80,8 +89,15 @@ GLOSSARY = (
   ),
   (
     "Intervals",
-    "If the intervals of two numbers overlap, this audit does not tell them apart. Of the two"
-    " attackers on one variant the difference has an interval of its own.",
+    "Over examples and models: where the number may lie were both drawn anew; with one target over"
+    " examples alone. Whether two versions differ is told by their paired difference, which has an"
+    " interval of its own, and not by whether their intervals overlap. Where many versions are"
+    " compared, Holm's method keeps the chance of any false difference at 5%.",
+  ),
+  (
+    "Epsilon at least",
+    "Differential privacy with a smaller epsilon is refuted by this attack. It is a lower bound of"
+    " the leakage: a better attack may refute more.",
   ),
 )
 """Terms and their meaning, in the order they are read."""
@@ -149,12 +165,11 @@ def _tiles(rows: Sequence[Row], fpr: float | None) -> str:
   full = next((row for row in rows if row.variant.method == "none"), None)
   quantized = records_lib.main_rows([row for row in rows if row.variant.method != "none"])
   chosen = findings.narrowest(quantized, fpr)
-  tiles = [] if full is None else [_tile(full, full.full_precision, "full-precision", fpr)]
-  for attacker, record in zip(
-    ("full-precision", "matched"), chosen[1:] if chosen else (), strict=False
-  ):
+  tiles = [] if full is None else [_tile(full, full.counted, "full-precision shadows", fpr)]
+  for who in records_lib.Row._fields[1:] if chosen else ():
+    record = getattr(chosen, who)
     if record is not None:
-      tiles.append(_tile(chosen, record, attacker, fpr))
+      tiles.append(_tile(chosen, record, records_lib.ATTACKERS[who], fpr))
   return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
@@ -163,7 +178,7 @@ def _tile(row: Row, record: Record | None, attacker: str, fpr: float) -> str:
   decimals = rate_decimals(fpr)
   return (
     f'<div class="tile"><h3>{escape(records_lib.describe(row.variant))}</h3>'
-    f'<p class="who">attacker with {attacker} shadows</p>'
+    f'<p class="who">{escape(attacker)}</p>'
     f'<p class="big">{_big(tpr, decimals)}{_within(tpr, decimals)}</p>'
     f"<p>of members found at {percent_words(fpr)} false positives</p>"
     f"<p>test accuracy <b>{_big(accuracy, 1)}</b>{_within(accuracy, 1)}</p></div>"
@@ -226,7 +241,13 @@ def _glossary() -> str:
 
 def _more(records: Sequence[Record], attack: str) -> str:
   """Tables that few need, folded."""
-  made = (tables.attacks(records), tables.precision(records, attack=attack), tables.units(records))
+  made = (
+    tables.attacks(records),
+    tables.thresholds(records, attack=attack),
+    tables.classes(records, attack=attack),
+    tables.precision(records, attack=attack),
+    tables.units(records),
+  )
   parts = [
     f"<details><summary>{escape(table.title)}</summary>{table_html(table)}</details>"
     for table in made

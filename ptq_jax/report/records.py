@@ -16,12 +16,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ptq_jax.metrics import intervals
 from ptq_jax.metrics.leakage import FEW_FALSE_POSITIVES
 
 Record = Mapping[str, Any]
 
-ATTACKERS = ("full_precision", "matched")
-"""Who attacks: with full-precision shadows, or with shadows quantized like the target."""
+ATTACKERS = {
+  "full_precision": "full-precision shadows",
+  "rescaled": "full-precision shadows, the target's scores rescaled to theirs",
+  "matched": "matched shadows",
+  "matched_rescaled": "matched shadows, all scores rescaled",
+  "combined": "both kinds of shadows, rescaled",
+  "best": "best attacker",
+  "releases": "full precision and this version, both published",
+  "given": "given shadows",
+}
+"""Who attacks. The best is one of those before it, chosen by the attacker for each target among
+models whose membership it knows; verdicts count with it."""
+
+SIDES = ("full_precision", "matched")
+"""The two that differ only in whether the shadows are quantized like the target."""
 
 METHODS = ("none", "nearest", "adaround", "brecq", "obc")
 """The order of methods in tables and figures; others follow by name. "none" is full precision."""
@@ -53,31 +67,41 @@ class Variant(NamedTuple):
 
 
 class Row(NamedTuple):
-  """One variant with the two attackers side by side; an attacker without a record is None."""
+  """One variant with its attackers side by side; an attacker without a record is None."""
 
   variant: Variant
-  full_precision: Record | None
-  matched: Record | None
+  full_precision: Record | None = None
+  matched: Record | None = None
+  best: Record | None = None
+  given: Record | None = None
+
+  @property
+  def shown(self) -> list[Record]:
+    """The records there are."""
+    return [record for record in self[1:] if record is not None]
 
   @property
   def either(self) -> Record:
     """The record that holds what does not depend on the attacker: accuracy, bits, size."""
-    return self.full_precision or self.matched or {}
+    return next(iter(self.shown), {})
 
-  def worst(self, fpr: float) -> Record:
-    """The record of the attacker who finds more members at an FPR: what an owner must count with.
+  @property
+  def counted(self) -> Record:
+    """The record that verdicts count with: the best attacker's, chosen without the membership.
 
-    Matched shadows know more, but few of them may find less, for quantized shadows are noisier.
+    Without one, of the attacker who knows most; never of whoever happens to find most.
     """
-    found = [record for record in (self.matched, self.full_precision) if record is not None]
-    return max(found, key=lambda record: value_of(tpr_at(record, fpr)) or 0.0, default={})
+    return self.best or self.matched or self.full_precision or self.given or {}
 
 
 class Difference(NamedTuple):
-  """A difference of two numbers and whether their intervals overlap (None: no intervals)."""
+  """A paired difference; `p` is that of no difference, None where no interval was recorded."""
 
   value: float
-  overlap: bool | None
+  low: float | None = None
+  high: float | None = None
+  p: float | None = None
+  sure: bool | None = None  # not 0, at the confidence of its interval or after `surely`
 
 
 # ---- making records ----
@@ -301,7 +325,7 @@ def side_by_side(records: Sequence[Record], *, attack: str | None = None) -> lis
   leakage = select(records, "leakage", attack=attack)
   found = {(variant(record), record["attacker"]): record for record in leakage}
   return [
-    Row(which, *(found.get((which, attacker)) for attacker in ATTACKERS))
+    Row(which, *(found.get((which, attacker)) for attacker in Row._fields[1:]))
     for which in variants(leakage)
   ]
 
@@ -364,7 +388,7 @@ def solid_fpr(
     (`weakness`) at each; None if there is no such FPR.
   """
   rows = side_by_side(records, attack=attack)
-  shown = [record for row in rows for record in row[1:] if record is not None]
+  shown = [record for row in rows for record in row.shown]
   rates = [
     fpr
     for fpr in (false_positive_rates(shown) if among is None else sorted(among, reverse=True))
@@ -393,31 +417,40 @@ def weakness(record: Record | None, tpr: Record | None) -> str | None:
   return None
 
 
-def difference(number: Record | None, reference: Record | None) -> Difference | None:
-  """`number - reference` and whether the two intervals overlap; None if a value is missing."""
-  value, base = value_of(number), value_of(reference)
-  if value is None or base is None:
-    return None
-  bounds = (*bounds_of(number), *bounds_of(reference))
-  if None in bounds:
-    return Difference(value - base, None)
-  low, high, reference_low, reference_high = bounds
-  return Difference(value - base, low <= reference_high and reference_low <= high)
+def change(record: Record | None, fpr: float, rule: str = "at_most") -> Difference | None:
+  """TPR at an FPR less that at full precision, paired; None if it was not recorded."""
+  return _difference(tpr_at((record or {}).get("minus_full_precision"), fpr, rule))
+
+
+def accuracy_change(record: Record | None) -> Difference | None:
+  """Test accuracy less that at full precision, paired; None if it was not recorded."""
+  return _difference((record or {}).get("accuracy_minus_full_precision"))
 
 
 def underestimate(row: Row, fpr: float, rule: str = "at_most") -> Difference | None:
-  """What an attacker misses who does not quantize its shadows: TPR with matched shadows minus TPR
-  with full-precision ones; `overlap` says whether it may be 0.
-
-  That goes by the interval of the paired difference where one was recorded, else by whether the
-  intervals of the two rates overlap.
+  """What an attacker misses who does not quantize its shadows: the TPR of the best attacker (or of
+  matched shadows where none was chosen) less that of full-precision shadows, paired.
   """
-  seen = difference(tpr_at(row.matched, fpr, rule), tpr_at(row.full_precision, fpr, rule))
-  paired = tpr_at((row.matched or {}).get("minus_full_precision_shadows"), fpr, rule)
-  low, high = bounds_of(paired)
-  if seen is None or low is None or high is None:
-    return seen
-  return seen._replace(overlap=low <= 0 <= high)
+  more = row.best or row.matched
+  return _difference(tpr_at((more or {}).get("minus_full_precision_shadows"), fpr, rule))
+
+
+def surely(changes: Mapping[Any, Difference | None]) -> dict[Any, Difference]:
+  """Those that are known, `sure` as Holm's method has it for so many comparisons at 5 %."""
+  known = {which: found for which, found in changes.items() if found and found.p is not None}
+  sure = intervals.holm([found.p for found in known.values()])
+  return {
+    which: found._replace(sure=verdict)
+    for (which, found), verdict in zip(known.items(), sure, strict=True)
+  }
+
+
+def _difference(number: Record | None) -> Difference | None:
+  value, (low, high) = value_of(number), bounds_of(number)
+  if value is None:
+    return None
+  sure = None if low is None or high is None else not low <= 0 <= high
+  return Difference(value, low, high, _finite(number.get("p")), sure)
 
 
 def value_of(number: Record | None) -> float | None:
@@ -435,6 +468,7 @@ def bounds_of(number: Record | None) -> tuple[float | None, float | None]:
 
 _METHOD_NAMES = {
   "none": "full precision",
+  "scores": "saved scores",
   "nearest": "Nearest",
   "adaround": "AdaRound",
   "brecq": "BRECQ",
@@ -475,8 +509,8 @@ def describe(which: Variant) -> str:
   >>> describe(Variant("adaround", 3, 256)), describe(Variant("none", None, None))
   ('AdaRound at 1.58 bit (last layer 8 bit)', 'full precision')
   """
-  if which.method == "none":
-    return method_name("none")
+  if which.method == "none" or (which.method == "scores" and which.levels is None):
+    return method_name(which.method)
   words = f"{method_name(which.method)} at {_bit_words(which.levels)}"
   if which.last_layer_levels == which.levels:
     return words

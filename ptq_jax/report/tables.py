@@ -68,6 +68,7 @@ def results(
   attack: str | None = None,
   fprs: Sequence[float] = (0.01, 0.001),
   rule: str = "at_most",
+  narrow: bool = False,
 ) -> Table:
   """The result table: accuracy beside leakage to both attackers, one row per variant.
 
@@ -76,6 +77,7 @@ def results(
     attack: which attack; default `records.main_attack`.
     fprs: false-positive rates whose TPR is shown.
     rule: the rule by which TPR is read off the ROC curve where several were recorded.
+    narrow: leaves matched shadows to `attacks` where a best attacker was chosen, for a terminal.
   """
   attack = records_lib.main_attack(records) if attack is None else attack
   rows = records_lib.side_by_side(records, attack=attack)
@@ -86,11 +88,26 @@ def results(
     Column("last\nlayer"),
     Column("test\naccuracy %"),
   ]
-  for group in ("full-precision shadows", "matched shadows"):
+  groups = [who for who in records_lib.Row._fields[1:] if any(getattr(row, who) for row in rows)]
+  if narrow and "best" in groups:
+    groups.remove("matched")
+  for who in groups:
+    group = records_lib.ATTACKERS[who]
     columns.append(Column("AUC", group))
     columns.extend(Column(f"TPR % at\n{percent_words(fpr)} FPR", group) for fpr in fprs)
-  columns += [Column("under-\nestimate"), Column("bits per\nweight"), Column("size\nkB")]
-  cells = [_result_row(row, fprs, rule, headline) for row in rows]
+  columns += [Column("change"), Column("under-\nestimate"), Column("epsilon\nat least")]
+  columns.append(Column("size\nkB"))
+  changes = {row.variant: records_lib.change(row.counted, headline, rule) for row in rows} if (
+    headline
+  ) else {}  # fmt: skip
+  gaps = {row.variant: records_lib.underestimate(row, headline, rule) for row in rows} if (
+    headline
+  ) else {}  # fmt: skip
+  changes, gaps = records_lib.surely(changes), records_lib.surely(gaps)
+  cells = []
+  for row in rows:
+    own = changes.get(row.variant), gaps.get(row.variant)
+    cells.append(_result_row(row, groups, fprs, rule, own, headline))
   title = f"Accuracy and leakage to {records_lib.attack_name(attack)}"
   return Table(title, columns, cells, _result_notes(rows, cells, headline))
 
@@ -143,12 +160,52 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
     rows.append([*row, *(_number(entries.get(key), 100.0, 1) for key in keys)])
   notes = [
     "Precision: of those the attack accuses, the share that are members, when the given share of"
-    " everybody asked about are members.",
+    " everybody asked about are members. Non-members count with the rate at which new ones pass the"
+    " threshold, (k + 1) / (n + 1) with k of n allowed; the interval holds that rate's, too.",
     *_interval_notes(leakage),
     *_left_out_notes(left_out),
   ]
   title = f"Precision of an accusation by {records_lib.attack_name(attack)}"
   return Table(title, columns, rows, notes)
+
+
+def thresholds(records: Sequence[Record], *, attack: str | None = None) -> Table:
+  """What thresholds realise that an attacker can set: on shadows, or on the other targets."""
+  attack = records_lib.main_attack(records) if attack is None else attack
+  leakage = records_lib.select(records, "leakage", attack=attack)
+  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+  keys = [
+    (t["fpr"], t.get("rule", "at_most"))
+    for t in (leakage[0]["tpr"] if leakage else ())
+    if t.get("transferred") and t.get("rule", "at_most") == "at_most"
+  ]
+  columns = [*_variant_columns(), Column("shadows", words=True)]
+  for fpr, _ in keys:
+    group = f"aimed at {percent_words(fpr)} FPR"
+    columns += [Column("TPR %", group), Column("FPR %", group)]
+  rows = []
+  for record in leakage if keys else ():
+    row = [*_variant_cells(records_lib.variant(record)), _shadows(record)]
+    for fpr, rule in keys:
+      found = (records_lib.tpr_at(record, fpr, rule) or {}).get("transferred") or {}
+      row += [_number(found.get(part), 100.0, rate_decimals(fpr) + 1) for part in ("tpr", "fpr")]
+    rows.append(row)
+  notes = ["The threshold is set on non-members of models whose membership the attacker knows."]
+  return Table("Thresholds an attacker can set", columns, rows, notes)
+
+
+def classes(records: Sequence[Record], *, attack: str | None = None) -> Table:
+  """The classes that leak most, in the record that verdicts count with."""
+  rows = []
+  for row in records_lib.side_by_side(records, attack=attack):
+    for entry in row.counted.get("classes") or ():
+      auc = _number(entry["auc"], 1.0, 3)
+      rows.append([*_variant_cells(row.variant), _words(entry["class"]), auc])
+  columns = [*_variant_columns(), Column("class", words=True), Column("AUC")]
+  notes = [
+    "Three of many classes, so their AUC is too high by chance: where to look, not how much."
+  ]
+  return Table("Classes that leak most", columns, rows, notes)
 
 
 def units(records: Sequence[Record]) -> Table:
@@ -287,34 +344,43 @@ def escape_markdown(text: str) -> str:
 # ---- rows and cells ----
 
 
-def _result_row(row: Row, fprs: Sequence[float], rule: str, headline: float | None) -> list[Cell]:
+def _result_row(
+  row: Row, groups: Sequence[str], fprs: Sequence[float], rule: str,
+  differences: Sequence[records_lib.Difference | None], headline: float | None,
+) -> list[Cell]:  # fmt: skip
   base = row.either
   cells = [*_variant_cells(row.variant), _number(base["test_accuracy"], 100.0, 1)]
-  for attacker, record in zip(records_lib.ATTACKERS, row[1:], strict=True):
+  for attacker in groups:
+    record = getattr(row, attacker)
     if record is None:
-      same = attacker == "matched" and row.variant.method == "none"
+      same = attacker != "given" and row.variant.method == "none"
       cells += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
       continue
     cells.append(_number(record["auc"], 1.0, 3))
     cells += [_rate(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
-  return [*cells, _underestimate(row, headline, rule), *_size_cells(base)]
+  cells += [_change(found, headline) for found in differences]
+  return [*cells, _epsilon(row.counted), *_size_cells(base)]
 
 
-def _underestimate(row: Row, fpr: float | None, rule: str) -> Cell:
-  """Matched minus full-precision TPR in percentage points, marked where it may be 0."""
-  if fpr is None:
+def _change(found: records_lib.Difference | None, fpr: float | None) -> Cell:
+  """A paired difference of TPR in percentage points with its interval, marked if it may be 0."""
+  if found is None or fpr is None:
     return Cell(MISSING)
-  gap = records_lib.underestimate(row, fpr, rule)
-  if gap is None:
-    return Cell(MISSING)
-  text = f"{100 * gap.value:+.{rate_decimals(fpr)}f}"
-  return Cell(text, sort=gap.value, mark=OVERLAP if gap.overlap else "")
+  decimals = rate_decimals(fpr)
+  number = {"low": found.low, "high": found.high}
+  text, below = f"{100 * found.value:+.{decimals}f}", interval_words(number, 100.0, decimals)
+  return Cell(text, below, sort=found.value, mark="" if found.sure else OVERLAP)
+
+
+def _epsilon(record: Record) -> Cell:
+  bound = record.get("epsilon")
+  return Cell(MISSING) if not bound else Cell(f"{bound['epsilon']:.2f}", sort=bound["epsilon"])
 
 
 def _size_cells(record: Record) -> list[Cell]:
-  weight, size = record["bits_per_weight"], record["size_kb"]
+  size = record["size_kb"]
   decimals = 1 if size is not None and size < 1000 else 0
-  return [Cell(_fixed(weight, 2), sort=weight), Cell(_fixed(size, decimals), sort=size)]
+  return [Cell(_fixed(size, decimals), sort=size)]
 
 
 def _variant_columns() -> list[Column]:
@@ -331,7 +397,7 @@ def _variant_cells(which: records_lib.Variant) -> list[Cell]:
 
 
 def _shadows(record: Record) -> Cell:
-  return _words(record["attacker"].replace("_", " "))
+  return _words(records_lib.ATTACKERS[record["attacker"]])
 
 
 def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[float]]:
@@ -396,11 +462,22 @@ def _scientific(value: Any) -> Cell:
 def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | None) -> list[str]:
   shown = [record for row in rows for record in row[1:] if record is not None]
   notes = _interval_notes(shown, accuracy=True)
-  if fpr is not None and any(row.matched and row.full_precision for row in rows):
+  if fpr is not None and any(row.variant.method != "none" and row.full_precision for row in rows):
+    count = sum(row.variant.method != "none" for row in rows)
+    notes += [
+      'Best attacker: one of those of the table "All attacks", chosen for each target by how many'
+      " members it finds in models whose membership the attacker knows.",
+      f"Change: TPR of the best attacker at {percent_words(fpr)} FPR less that at full precision;"
+      " underestimate: the same less that of the attacker with full-precision shadows. Percentage"
+      f" points, paired over examples and targets. {OVERLAP} may be 0, by Holm's method for"
+      f" {count} comparisons at 5%.",
+    ]
+  bounds = [record["epsilon"] for record in shown if record.get("epsilon")]
+  if bounds:
     notes.append(
-      f"Underestimate: TPR at {percent_words(fpr)} FPR with matched shadows minus with"
-      " full-precision shadows, in percentage points: what an attacker who does not quantize its"
-      f" shadows misses. {OVERLAP} may be 0: the interval of the difference holds it."
+      "Epsilon: differential privacy with less is refuted, at delta"
+      f" {bounds[0]['delta']:g} and {bounds[0]['confidence']:.0%} confidence; threshold set on half"
+      " of the examples, judged on the others, which are taken for independent."
     )
   return notes + _mark_notes(cells)
 
@@ -434,7 +511,7 @@ def _mark_notes(cells: list[list[Cell]]) -> list[str]:
     MARKS["false_positives"]: f"rests on fewer than {records_lib.FEW_FALSE_POSITIVES} false"
     " positives in some target",
     MARKS["non_members"]: "a target has fewer non-members than 1/FPR: not even one false positive"
-    " is allowed",
+    " is allowed, and the threshold cannot promise this rate; chance is 1 / (non-members + 1)",
   }
   used = {cell.mark for row in cells for cell in row}
   return [f"{mark} {note}." for mark, note in words.items() if mark in used]
@@ -538,7 +615,7 @@ def _pipes(parts: Sequence[str]) -> str:
 def _flat(record: Record) -> dict[str, Any]:
   """A leakage record as one line of a CSV."""
   which = records_lib.variant(record)
-  flat = {
+  flat: dict[str, Any] = {
     "method": which.method,
     "levels": which.levels or "full",
     "bits": records_lib.bits(which.levels),
@@ -549,14 +626,20 @@ def _flat(record: Record) -> dict[str, Any]:
   }
   for name in ("bits_per_weight", "size_kb", "num_targets", "num_members", "num_non_members"):
     flat[name] = record[name]
-  for name in ("test_accuracy", "auc", "balanced_accuracy"):
-    flat |= _flat_entry(name, record[name])
+  for name in ("test_accuracy", "accuracy_minus_full_precision", "auc", "balanced_accuracy",
+               "epsilon"):  # fmt: skip
+    flat |= _flat_entry(name, record.get(name) or {})
   for entry in record["tpr"]:
     rule = f"_{entry['rule']}" if "rule" in entry else ""
     flat |= _flat_entry(f"tpr_at_{entry['fpr']:g}{rule}", entry, known=("fpr", "rule"))
   for entry in record.get("precision", ()):
     name = f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}"
     flat |= _flat_entry(name, entry, known=("fpr", "prior"))
+  for part in ("minus_full_precision", "minus_full_precision_shadows"):
+    for name, entries in (record.get(part) or {}).items():
+      for entry in entries if name == "tpr" else [entries]:
+        at = f"_at_{entry['fpr']:g}_{entry['rule']}" if name == "tpr" else ""
+        flat |= _flat_entry(f"{name}{at}_{part}", entry, known=("fpr", "rule"))
   return {name: "" if value is None else value for name, value in flat.items()}
 
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from ptq_jax.metrics import intervals, leakage, roc
 
@@ -49,8 +50,10 @@ def test_numbers_are_means_over_targets(audit, record):
     for number in (row, row["over_examples"], row["over_targets"]):
       assert number["low"] <= number["value"] <= number["high"]
   for row in record["precision"]:
-    values = [roc.precision_at_fpr(*p, prior=row["prior"], fpr=row["fpr"]) for p in pairs]
-    assert row["value"] == pytest.approx(np.mean(values))
+    tpr = np.mean([roc.tpr_at_fpr(*p, fpr=row["fpr"]) for p in pairs])
+    promised = roc.chance(250, fpr=row["fpr"])
+    assert row["value"] == pytest.approx(roc.precision(tpr, promised, prior=row["prior"]))
+    assert row["low"] <= row["value"] <= row["high"]
   curve = record["curve"]
   at = int(np.argmin(np.abs(np.array(curve["fpr"]) - 0.1)))
   expected = np.mean([roc.tpr_at_fpr(*p, fpr=curve["fpr"][at]) for p in pairs])
@@ -71,9 +74,11 @@ def test_a_comparison_is_of_the_same_examples_and_targets(audit, record):
   key = jax.random.key(0)
   worse = scores - 0.5 * members
   one, other = (leakage.sample(key, rows, members, num_resamples=200) for rows in (scores, worse))
-  same = leakage.compare(key, one, one)
+  same = leakage.compare(one, one)
   assert {same["auc"][part] for part in ("value", "low", "high")} == {0.0}
-  found = leakage.compare(key, one, other)
+  assert same["auc"]["p"] == 1.0
+  found = leakage.compare(one, other)
+  assert found["auc"]["p"] < 1e-3
   worse_record = leakage.summarise(key, worse, members, sampled=other)
   gap = record["auc"]["value"] - worse_record["auc"]["value"]
   assert found["auc"]["value"] == pytest.approx(gap)
@@ -167,3 +172,56 @@ def test_calibration_members_are_audited_apart(audit):
   assert list(disjoint) == ["other members", "calibration among non-members"]
   untouched = disjoint["other members"].audited
   assert not (untouched & ~members & disjoint["calibration among non-members"].members).any()
+
+
+def test_noise_does_not_exceed_chance_where_no_false_positive_is_allowed():
+  """Row 2: 749 non-members, FPR 1e-5, pure noise: chance is .133 %, and TPR is that on average."""
+  rng = np.random.default_rng(0)
+  members = np.arange(1498)[None] < 749
+  rates, exceeded = [], 0
+  for trial in range(200):
+    scores = rng.normal(size=(1, 1498))
+    rates.append(roc.tpr_at_fpr(scores[0], members[0], fpr=1e-5))
+    if trial < 30:
+      entry = leakage.summarise(
+        jax.random.key(trial), scores, members, fprs=(1e-5,), rules=("at_most",), num_resamples=50
+      )["tpr"][0]
+      assert entry["chance"] == pytest.approx(1 / 750)
+      assert entry["realised_fpr"]["value"] == 0
+      assert entry["realised_fpr"]["high"] == pytest.approx(1 - 0.025 ** (1 / 749))
+      exceeded += entry["low"] > entry["chance"]
+  assert np.mean(rates) == pytest.approx(1 / 750, abs=4 * np.std(rates) / np.sqrt(200))
+  assert exceeded <= 6
+
+
+def test_precision_holds_what_the_threshold_truly_does():
+  """Row 4: one target, 749 non-members, FPR 1e-5, prior 1 %: the interval holds the truth."""
+  rng = np.random.default_rng(1)
+  members = np.arange(1498)[None] < 749
+  held = 0
+  for trial in range(40):
+    scores = rng.normal(size=(1, 1498)) + 2.0 * members
+    entry = leakage.summarise(
+      jax.random.key(trial), scores, members, fprs=(1e-5,), rules=("at_most",), priors=(0.01,),
+      num_resamples=100,
+    )["precision"][0]  # fmt: skip
+    cut = scores[0][~members[0]].max()
+    truth = roc.precision(stats.norm.sf(cut - 2.0), stats.norm.sf(cut), prior=0.01)
+    held += entry["low"] <= truth <= entry["high"]
+    assert entry["value"] < 0.75
+  assert held >= 36
+
+
+def test_infinite_scores_of_non_members_are_realised(audit):
+  """Row 15: a threshold set elsewhere accepts every +inf; the realised rate says so."""
+  members = np.stack([np.arange(300) < 150] * 2)
+  scores = np.random.default_rng(0).normal(size=(2, 300)) + members
+  scores[:, -3:] = np.inf
+  record = leakage.summarise(
+    jax.random.key(0), scores, members, fprs=(0.01, 0.05), rules=("at_most",), num_resamples=50
+  )
+  blind, able = record["tpr"]
+  assert blind["value"] == blind["realised_fpr"]["value"] == 0
+  assert blind["transferred"]["fpr"]["value"] == 0
+  assert able["transferred"]["fpr"]["value"] >= 0.02
+  assert able["value"] > 0

@@ -9,7 +9,7 @@ from scipy import stats
 from ptq_jax.report import records
 
 FPRS = (0.1, 0.01, 0.001)
-INTERVAL = "bootstrap over examples and models, 95 %"
+INTERVAL = "over examples and models, 95 %"
 METHODS = ("nearest", "adaround", "brecq", "obc")
 GRIDS = ((16, 16), (4, 4), (3, 256))
 
@@ -17,6 +17,21 @@ GRIDS = ((16, 16), (4, 4), (3, 256))
 def rate(value, *, spread=0.1, **fields):
   low, high = value * (1 - spread), min(1.0, value * (1 + spread))
   return records.number(value, low, high, interval=INTERVAL) | fields
+
+
+def paired(value, *, half=0.002, **fields):
+  """A paired difference; its p is that of a normal whose 95 % interval has this half-width."""
+  p = float(2 * stats.norm.sf(abs(value) / half * 1.96))
+  number = records.number(value, value - half, value + half, interval="paired, 95 %")
+  return number | {"p": p} | fields
+
+
+def differences(value, *, fpr=0.01, half=0.002):
+  """A field of paired differences with one TPR."""
+  return {
+    "auc": paired(value),
+    "tpr": [paired(value, half=half, fpr=fpr, rule="at_most")],
+  }
 
 
 def leakage(
@@ -84,6 +99,7 @@ def run(**fields):
     "data": {
       "name": "digits",
       "pool_size": 1500,
+      "members_share": 0.5,
       "test_size": 297,
       "num_classes": 10,
       "image_shape": [8, 8, 1],
@@ -96,7 +112,7 @@ def run(**fields):
   return records.run(**(contents | fields))
 
 
-def audit(*, methods=METHODS, grids=GRIDS, attackers=records.ATTACKERS, sweep=True, **fields):
+def audit(*, methods=METHODS, grids=GRIDS, attackers=records.SIDES, sweep=True, **fields):
   """Everything a whole audit records; later keywords go to every leakage record."""
   found = [run(), leakage(separation=1.0, accuracy=0.7, **fields)]
   found.append(leakage(attack="loss_threshold", separation=0.5, accuracy=0.7, **fields))
@@ -146,4 +162,7 @@ def audit(*, methods=METHODS, grids=GRIDS, attackers=records.ATTACKERS, sweep=Tr
 @pytest.fixture(scope="session")
 def example():
   """The builders above: `example.audit()` and so on."""
-  return types.SimpleNamespace(rate=rate, leakage=leakage, unit=unit, run=run, audit=audit)
+  return types.SimpleNamespace(
+    rate=rate, leakage=leakage, unit=unit, run=run, audit=audit, paired=paired,
+    differences=differences,
+  )  # fmt: skip

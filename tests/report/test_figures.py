@@ -77,7 +77,7 @@ def test_privacy_utility_has_a_panel_per_attacker(example):
   }
   [row] = [r for r in records.side_by_side(audit) if r.variant == ("obc", 4, 4)]
   accuracy = 100 * row.matched["test_accuracy"]["value"]
-  for record in row[1:]:  # the second is the faint one
+  for record in row.shown:  # the second is the faint one
     tpr = 100 * records.tpr_at(record, 0.01)["value"]
     assert (round(accuracy, 6), round(tpr, 6)) in points
 
@@ -137,7 +137,7 @@ def test_last_layer_has_a_column_per_width(example):
   found = [example.leakage()]
   for levels in (4, 3):
     for last in (levels, 16, None):
-      found += [example.leakage("obc", levels, last, a) for a in records.ATTACKERS]
+      found += [example.leakage("obc", levels, last, a) for a in records.SIDES]
   figure = figures.last_layer(found)
   assert [axes.get_title("left") for axes in figure.axes[:2]] == [
     "Other layers at 2 bit",

@@ -44,7 +44,7 @@ def test_run_says_what_ran_where(example):
   ("change", "message"),
   [
     ({"kind": "leak"}, "record 2: a record has kind 'leak'; known kinds are run, leakage"),
-    ({"attacker": "insider"}, "record 2: .*attacker 'insider'; use full_precision or matched"),
+    ({"attacker": "insider"}, "record 2: .*attacker 'insider'; use full_precision or "),
     ({"auc": 0.7}, "'auc' of a leakage record is 0.7; it must be a mapping"),
     ({"auc": {"value": "high"}}, "'auc' of a leakage record has value 'high'; it must be a number"),
     ({"levels": 1}, "'levels' of a leakage record is 1; it must be an integer of at least 2"),
@@ -117,11 +117,15 @@ def test_side_by_side_pairs_the_attackers(example):
   offline = example.leakage("obc", 4, 4, attack="lira_offline")
   rows = records.side_by_side([matched, offline, plain, full, example.run()])
   assert rows == [
-    records.Row(Variant("none", None, None), full, None),
+    records.Row(Variant("none", None, None), full),
     records.Row(Variant("obc", 3, 256), plain, matched),
   ]
-  assert rows[0].worst(0.01) is full
-  assert rows[1].worst(0.01) is matched
+  assert rows[0].counted is full
+  assert rows[1].counted is matched
+  best = example.leakage("obc", 3, 256, "best", separation=0.1)
+  [_, row] = records.side_by_side([full, plain, matched, best])
+  assert row.counted is best  # though others happen to find more
+  assert row.shown == [plain, matched, best]
   [row] = records.side_by_side([offline, full], attack="lira_offline")
   assert row.full_precision is offline
 
@@ -187,37 +191,36 @@ def test_solid_fpr_is_one_that_every_record_has(example):
   assert records.solid_fpr([example.leakage(), coarse]) == 0.01
 
 
-def test_difference_knows_whether_intervals_overlap():
-  number = records.number
-  assert records.difference(number(0.5, 0.4, 0.6), number(0.3, 0.2, 0.39)).overlap is False
-  assert records.difference(number(0.3, 0.2, 0.39), number(0.5, 0.4, 0.6)).overlap is False
-  gap = records.difference(number(0.5, 0.4, 0.6), number(0.3, 0.2, 0.45))
-  assert gap.value == pytest.approx(0.2)
-  assert gap.overlap is True
-  assert records.difference(number(0.5), number(0.25)) == records.Difference(0.25, None)
-  assert records.difference(number(None), number(0.25)) is None
-  assert records.difference(None, number(0.25)) is None
+def test_changes_are_the_recorded_paired_differences(example):
+  record = example.leakage("obc", 3, 3, minus_full_precision=example.differences(-0.014))
+  change = records.change(record, 0.01)
+  assert change[:3] == pytest.approx((-0.014, -0.016, -0.012))
+  assert change.sure is True
+  assert change.p < 1e-6
+  assert records.change(record, 0.5) is None
+  assert records.change(example.leakage(), 0.01) is None
+  unsure = example.leakage("obc", 3, 3, minus_full_precision=example.differences(-0.001))
+  assert records.change(unsure, 0.01).sure is False
+  accuracy = example.leakage("obc", 3, 3, accuracy_minus_full_precision=example.paired(0.1))
+  assert records.accuracy_change(accuracy).value == 0.1
 
 
-def test_underestimate_goes_by_the_paired_difference_where_there_is_one(example):
-  """Two rates whose intervals overlap can still differ for certain."""
+def test_underestimate_goes_by_the_paired_difference(example):
+  fields = {"minus_full_precision_shadows": example.differences(0.01)}
+  plain, matched = example.leakage("obc", 3, 3), example.leakage("obc", 3, 3, "matched", **fields)
+  [row] = records.side_by_side([plain, matched])
+  assert records.underestimate(row, 0.01).value == 0.01
+  best = example.leakage("obc", 3, 3, "best", minus_full_precision_shadows=(
+    example.differences(0.02)))  # fmt: skip
+  [row] = records.side_by_side([plain, matched, best])
+  assert records.underestimate(row, 0.01).value == 0.02
+  assert records.underestimate(records.side_by_side([plain])[0], 0.01) is None
 
-  def gap(**fields):
-    rates = [
-      {"fpr": 0.01, "rule": "at_most", "value": value, "low": value - 0.02, "high": value + 0.02}
-      for value in (0.05, 0.06)
-    ]
-    variant = ("obc", 3, 3)
-    found = [
-      example.leakage(*variant, "full_precision", tpr=rates[:1]),
-      example.leakage(*variant, "matched", tpr=rates[1:], **fields),
-    ]
-    return records.underestimate(records.side_by_side(found)[0], 0.01)
 
-  def paired(low, high):
-    rate = {"fpr": 0.01, "rule": "at_most", "value": 0.01, "low": low, "high": high}
-    return {"minus_full_precision_shadows": {"auc": rate, "tpr": [rate]}}
-
-  assert gap() == (pytest.approx(0.01), True)
-  assert gap(**paired(0.004, 0.016)) == (pytest.approx(0.01), False)
-  assert gap(**paired(-0.004, 0.016)) == (pytest.approx(0.01), True)
+def test_many_comparisons_ask_for_more(example):
+  """One of 24 intervals that just misses 0 is expected by chance, and no finding."""
+  just = records.Difference(-0.01, -0.019, -0.001, 0.03, True)
+  clear = records.Difference(-0.01, -0.012, -0.008, 1e-6, True)
+  found = records.surely({i: just for i in range(23)} | {23: clear, 24: None})
+  assert [which for which, change in found.items() if change.sure] == [23]
+  assert records.surely({0: just})[0].sure

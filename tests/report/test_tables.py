@@ -20,7 +20,16 @@ def test_results_show_both_attackers_side_by_side(example):
   matched = example.rate(0.04, fpr=0.01, rule="at_most", false_positives=250)
   table = tables.results(
     [
-      example.leakage("obc", 3, 256, "matched", tpr=[matched], accuracy=0.5),
+      example.leakage(
+        "obc",
+        3,
+        256,
+        "matched",
+        tpr=[matched],
+        accuracy=0.5,
+        minus_full_precision_shadows=example.differences(0.02),
+        minus_full_precision=example.differences(-0.001),
+      ),
       example.leakage("obc", 3, 256, tpr=[plain], accuracy=0.5),
       example.leakage(),
     ],
@@ -31,29 +40,46 @@ def test_results_show_both_attackers_side_by_side(example):
   assert cell(table, 1, "test\naccuracy %")[:2] == ("50.0", "49.5\u201350.5")
   assert cell(table, 1, "TPR % at\n1% FPR", FULL)[:2] == ("2.0", "1.8\u20132.2")
   assert cell(table, 1, "TPR % at\n1% FPR", MATCHED)[:2] == ("4.0", "3.6\u20134.4")
-  assert cell(table, 1, "under-\nestimate").text == "+2.0"
+  assert cell(table, 1, "under-\nestimate")[:2] == ("+2.0", "1.8\u20132.2")
   assert cell(table, 1, "under-\nestimate").mark == ""
+  assert cell(table, 1, "change")[:2] == ("-0.1", "-0.3\u20130.1")
+  assert cell(table, 1, "change").mark == "≈"
   assert cell(table, 0, "AUC", MATCHED).text == tables.SAME
   assert cell(table, 0, "under-\nestimate").text == tables.MISSING
-  assert table.notes[0] == "Intervals: bootstrap over examples and models, 95 %."
+  assert table.notes[0] == "Intervals: over examples and models, 95 %."
 
 
 def test_notes_say_what_the_intervals_cover(example):
   accuracy = records.number(0.7, 0.6, 0.8, interval="t-interval over targets, 95 %")
   found = [example.leakage(test_accuracy=accuracy)]
-  rates = "Intervals: bootstrap over examples and models, 95 %"
+  rates = "Intervals: over examples and models, 95 %"
   assert tables.results(found).notes[0] == f"{rates}; test accuracy: {accuracy['interval']}."
   assert tables.attacks(found).notes[0] == f"{rates}."
 
 
-def test_overlapping_intervals_are_marked(example):
-  pair = [
-    example.leakage("obc", 3, 3, attacker, separation=separation)
-    for attacker, separation in [("full_precision", 1.0), ("matched", 1.01)]
-  ]
+def test_differences_that_may_be_zero_are_marked(example):
+  fields = {"minus_full_precision_shadows": example.differences(0.001, fpr=0.001)}
+  pair = [example.leakage("obc", 3, 3), example.leakage("obc", 3, 3, "matched", **fields)]
   table = tables.results(pair)
   assert cell(table, 0, "under-\nestimate").mark == "≈"
   assert "≈" in tables.to_text(table)
+
+
+def test_thresholds_classes_and_epsilon_are_shown(example):
+  entry = example.rate(0.1, fpr=0.01, rule="at_most", false_positives=250)
+  entry["transferred"] = {"tpr": example.rate(0.09), "fpr": example.rate(0.012)}
+  record = example.leakage(
+    tpr=[entry],
+    epsilon={"epsilon": 1.234, "gaussian": 1.5, "delta": 1e-5, "confidence": 0.95},
+    classes=[{"class": "cat", "num_examples": 9, "auc": example.rate(0.8)}],
+  )
+  table = tables.thresholds([record])
+  assert cell(table, 0, "TPR %", "aimed at 1% FPR").text == "9.00"
+  assert cell(table, 0, "FPR %", "aimed at 1% FPR").text == "1.20"
+  assert cell(tables.classes([record]), 0, "class").text == "cat"
+  assert cell(tables.results([record]), 0, "epsilon\nat least").text == "1.23"
+  assert "epsilon_gaussian" in tables.to_csv([record]).splitlines()[0]
+  assert tables.thresholds([example.leakage()]).rows == []
 
 
 @pytest.mark.parametrize(("non_members", "mark"), [(25_000, ""), (2_000, "†"), (900, "‡")])
@@ -67,7 +93,10 @@ def test_weak_rates_carry_a_mark_and_a_footnote(example, non_members, mark):
 
 
 def test_text_is_aligned_and_fits_a_terminal(example):
-  text = tables.to_text(tables.results(example.audit(non_members=2000)))
+  attackers = ("full_precision", "matched", "best")
+  found = example.audit(non_members=2000, attackers=attackers)
+  assert MATCHED in {column.group for column in tables.results(found).columns}
+  text = tables.to_text(tables.results(found, narrow=True))
   lines = text.splitlines()
   assert max(map(len, lines)) <= 140
   rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
@@ -104,7 +133,7 @@ def test_missing_values_are_dashes(example):
   record["test_accuracy"] = {"value": math.nan, "low": math.nan, "high": 1.0}
   table = tables.results([record])
   assert cell(table, 0, "AUC", FULL).text == tables.MISSING
-  assert cell(table, 0, "AUC", MATCHED).text == tables.MISSING
+  assert MATCHED not in {column.group for column in table.columns}  # nobody has it
   assert cell(table, 0, "size\nkB").text == tables.MISSING
   assert cell(table, 0, "test\naccuracy %")[:2] == (tables.MISSING, "")
   assert cell(table, 0, "under-\nestimate").text == tables.MISSING
@@ -187,7 +216,7 @@ def test_attacks_list_every_attack_and_part_of_the_members(example):
   table = tables.attacks(found)
   assert cell(table, 0, "attack").text == "loss threshold"
   assert [cell(table, i, "members").text for i in (1, 2)] == ["all", "calibration"]
-  assert cell(table, 1, "shadows").text == "matched"
+  assert cell(table, 1, "shadows").text == "matched shadows"
   assert cell(table, 0, "TPR % at\n10% FPR").below
   assert len(tables.attacks(found[:2]).columns) == len(table.columns) - 1
 
