@@ -389,6 +389,8 @@ def _variant_columns() -> list[Column]:
 
 def _variant_cells(which: records_lib.Variant) -> list[Cell]:
   last = "full" if which.method == "none" else records_lib.bits(which.last_layer_levels)
+  if which.method == "scores" and which.levels is None:
+    return [_words(records_lib.method_name(which.method)), Cell(MISSING), Cell(MISSING)]
   return [
     _words(records_lib.method_name(which.method)),
     Cell(records_lib.bits(which.levels), sort=which.levels),
@@ -615,11 +617,12 @@ def _pipes(parts: Sequence[str]) -> str:
 def _flat(record: Record) -> dict[str, Any]:
   """A leakage record as one line of a CSV."""
   which = records_lib.variant(record)
+  unknown = "unknown" if which.method == "scores" and which.levels is None else None
   flat: dict[str, Any] = {
     "method": which.method,
-    "levels": which.levels or "full",
-    "bits": records_lib.bits(which.levels),
-    "last_layer_levels": which.last_layer_levels or "full",
+    "levels": which.levels or unknown or "full",
+    "bits": unknown or records_lib.bits(which.levels),
+    "last_layer_levels": which.last_layer_levels or unknown or "full",
     "attacker": record["attacker"],
     "attack": record["attack"],
     "members": record.get("members", "all"),

@@ -1,0 +1,288 @@
+"""What attacking one variant records, and attacks on saved scores: everybody's files, no audit."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ptq_jax import settings, storage
+from ptq_jax.attack import protocol
+from ptq_jax.audit import attacking, layout, reporting
+from ptq_jax.data import load
+from ptq_jax.metrics import roc
+from ptq_jax.report import records
+from ptq_jax.report.records import Variant
+
+M, E = 8, 240
+OBC = Variant("obc", 3, 3)
+
+
+def paired(rng, num_models):
+  half = rng.permuted(np.tile(np.arange(E) % 2 == 0, (num_models // 2, 1)), axis=1)
+  return np.stack([half, ~half], axis=1).reshape(num_models, E)
+
+
+class Audit(layout.Audit):
+  """Scores from memory instead of a workdir."""
+
+  members = None  # set below
+
+  def load_scores(self, variant, group):
+    scores = self.scores[variant, group]
+    rows = np.ones(len(scores))
+    return {"scores": scores, "accuracy": 0.9 * rows, "bits_per_weight": rows, "size_kb": rows}
+
+
+def audit(scores, members, root):
+  config = settings.audit_defaults()
+  config.attack.resamples = 60
+  config.attack.fprs = (0.1, 0.01)
+  config.attack.attacks = ("lira_online_pooled", "loss_threshold")
+  labels = np.arange(E) % 4
+  images = np.zeros((E, 2, 2, 1), np.uint8)
+  data = load.from_arrays(images, labels, images[:50], labels[:50])
+  found = Audit(config=config, root=root, trained=root, given_data=data)
+  found.scores, found.members = scores, members
+  found.sound = {group: np.ones(len(rows), bool) for group, rows in members.items()}
+  return found
+
+
+def draw(rng, members, offset=0.0, scale=1.0):
+  common = 2 * np.random.default_rng(9).normal(size=(1, E, 1))
+  scores = common + rng.normal(size=(*members.shape, 1)) + 2.0 * members[..., None]
+  return scale * scores + offset
+
+
+@pytest.fixture
+def leave_one_out(tmp_path, monkeypatch):
+  """Eight models; quantizing shifts and narrows all scores and adds a little noise."""
+  rng = np.random.default_rng(0)
+  members = paired(rng, M)
+  full = draw(rng, members)
+  quantized = 0.5 * full - 3 + 0.2 * rng.normal(size=full.shape)
+  scores = {(layout.FULL_PRECISION, "shadows"): full, (OBC, "shadows"): quantized}
+  monkeypatch.setattr(attacking, "unit_records", lambda *_: [])
+  return audit(scores, {"shadows": members}, tmp_path)
+
+
+def attack(found):
+  full = attacking.scores_of(found, layout.FULL_PRECISION)
+  base = attacking.attack_variant(found, layout.FULL_PRECISION, full, None)
+  return base, attacking.attack_variant(found, OBC, full, base)
+
+
+def by_attacker(attacked, name="lira_online_pooled"):
+  return {
+    record["attacker"]: record
+    for record in records.select(attacked.records, "leakage", attack=name)
+  }
+
+
+def test_every_attacker_is_a_row_with_paired_differences(leave_one_out):
+  base, quantized = attack(leave_one_out)
+  records.validate_all([*base.records, *quantized.records])
+  rows = by_attacker(quantized)
+  assert set(rows) == set(records.ATTACKERS) - {"given"}
+  full = by_attacker(base)["full_precision"]
+  for name, row in rows.items():
+    change = row["minus_full_precision"]["auc"]
+    assert change["value"] == pytest.approx(row["auc"]["value"] - full["auc"]["value"]), name
+    assert 0 <= change["p"] <= 1
+    assert row["accuracy_minus_full_precision"]["value"] == 0
+    gap = row["minus_full_precision_shadows"]["auc"] if name != "full_precision" else None
+    if gap:
+      assert gap["value"] == pytest.approx(
+        row["auc"]["value"] - rows["full_precision"]["auc"]["value"]
+      )
+    assert row["epsilon"]["epsilon"] >= 0
+  assert set(by_attacker(quantized, "loss_threshold")) == {"full_precision", "matched"}
+  assert rows["rescaled"]["auc"]["value"] > rows["full_precision"]["auc"]["value"] + 0.05
+  assert [entry["class"] for entry in rows["best"]["classes"]] != []
+  assert sum(rows["best"]["chosen"].values()) == M
+
+
+def test_the_best_attacker_does_not_look_at_the_targets_membership():
+  """Swapping one target's members for its non-members changes nothing for that target."""
+  rng = np.random.default_rng(1)
+  members = paired(rng, M)
+  candidates = {
+    name: attacking.Scores(rng.normal(size=(M, E)) + gap * members, None)
+    for name, gap in (("full_precision", 1.0), ("matched", 1.1), ("rescaled", 1.05))
+  }
+  _, chosen = attacking.best_attacker(candidates, members, members, (0.1,))
+  for t in range(M):
+    swapped = members.copy()
+    swapped[t] = ~swapped[t]
+    assert attacking.best_attacker(candidates, swapped, members, (0.1,))[1][t] == chosen[t]
+  known = {
+    name: rows._replace(known=rng.normal(size=(4, E)) + (2.0 if name == "rescaled" else 0))
+    for name, rows in candidates.items()
+  }
+  shadows = paired(rng, 4)
+  known = {
+    name: rows._replace(known=rows.known * (2 * shadows - 1)) for name, rows in known.items()
+  }
+  counts, names = attacking.best_attacker(known, members, shadows, (0.1,))
+  assert names == ["rescaled"] * M
+  assert counts == {"rescaled": M}
+  alone = {name: rows._replace(targets=rows.targets[:1]) for name, rows in candidates.items()}
+  assert attacking.best_attacker(alone, members[:1], members, (0.1,))[1] == ["matched"]
+
+
+def test_dedicated_targets_are_attacked_by_the_shadows_best_attacker(leave_one_out):
+  rng = np.random.default_rng(2)
+  members = leave_one_out.members["shadows"]
+  targets = paired(rng, 2)
+  leave_one_out.members = {"shadows": members, "targets": targets}
+  leave_one_out.sound["targets"] = np.ones(2, bool)
+  full = draw(rng, targets)
+  leave_one_out.scores[layout.FULL_PRECISION, "targets"] = full
+  leave_one_out.scores[OBC, "targets"] = 0.5 * full - 3
+  _, quantized = attack(leave_one_out)
+  rows = by_attacker(quantized)
+  assert rows["best"]["num_targets"] == 2
+  assert list(rows["best"]["chosen"].values()) == [2]
+  assert rows["best"]["tpr"][0]["transferred"] is not None
+
+
+def test_a_model_that_quantizing_broke_is_left_out_of_its_variant_only(leave_one_out):
+  """Row 16: one NaN in one image of one quantized model of eight."""
+  leave_one_out.scores[OBC, "shadows"][3, 17, 0] = np.nan
+  base, quantized = attack(leave_one_out)
+  assert by_attacker(base)["full_precision"]["num_targets"] == M
+  rows = by_attacker(quantized)
+  assert {row["num_targets"] for row in rows.values()} == {M - 1}
+  assert quantized.left_out.startswith("OBC at 1.58 bit is without model 3 ")
+  assert "not finite" in quantized.left_out
+  assert rows["matched"]["auc"]["value"] > 0.6
+  change = rows["matched"]["minus_full_precision"]["auc"]["value"]
+  scores = protocol.leave_one_out(
+    leave_one_out.scores[layout.FULL_PRECISION, "shadows"],
+    leave_one_out.members["shadows"],
+    attacks=["lira_online_pooled"],
+  )["lira_online_pooled"]
+  keep = np.arange(M) != 3
+  pairs = zip(scores[keep], leave_one_out.members["shadows"][keep], strict=True)
+  full = np.mean([roc.auc(*pair) for pair in pairs])
+  assert change == pytest.approx(rows["matched"]["auc"]["value"] - full)
+  evidence = {
+    layout.FULL_PRECISION: (base.scores, base.kept),
+    OBC: (quantized.scores, quantized.kept),
+  }
+  assert len(attacking.exposures(leave_one_out, evidence)) == 2
+
+
+# ---- saved scores ----
+
+
+def save(path, **changes):
+  rng = np.random.default_rng(4)
+  half = np.arange(M)[:, None] % 2 == 0
+  members = rng.permuted(np.broadcast_to(half, (M, 2000)), axis=0)
+  arrays = {"scores": rng.normal(size=(M, 2000)).astype(np.float32), "members": members} | changes
+  np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+  return path
+
+
+def attack_saved(folder, *files):
+  config = settings.audit_defaults()
+  config.attack.resamples = 60
+  config.attack.attacks = ("lira_online", "lira_online_pooled")
+  attacking.attack_files(config, folder, *map(str, files))
+  return storage.read_records(folder / "results.jsonl")
+
+
+def test_saved_scores_that_know_nothing_show_nothing(tmp_path):
+  """Row 5, and what is said of the file is true: guards run, nothing is called full precision."""
+  found = attack_saved(tmp_path, save(tmp_path / "mine.npz"))
+  for record in records.select(found, "leakage"):
+    assert record["auc"]["low"] <= 0.5 <= record["auc"]["high"]
+    assert record["attacker"] == "given"
+    assert (record["method"], record["levels"]) == ("scores", None)
+  warning = [record for record in found if record["kind"] == "warning"]
+  assert any(record["about"] == "false-positive rates" for record in warning)
+  text = reporting.summary(reporting.report(tmp_path), tmp_path)
+  assert "saved scores" in text
+  assert "full-precision" not in text
+  page = (tmp_path / "index.html").read_text()
+  assert "each model trained on half of them" in page
+  results = json.dumps(found)
+  assert "full precision" not in results
+
+
+def test_saved_scores_say_what_they_are(tmp_path):
+  rng = np.random.default_rng(5)
+  members = rng.random((16, 2000)) < 0.3
+  members[:3], members[3:6] = True, False
+  members = rng.permuted(members, axis=0)
+  scores = rng.normal(size=(16, 2000))
+  path = save(tmp_path / "a.npz", scores=scores, members=members,
+              method=np.array("brecq"), levels=np.array(4), accuracy=np.full(16, 0.8))  # fmt: skip
+  found = attack_saved(tmp_path, path)
+  [first, *_] = records.select(found, "leakage")
+  assert (first["method"], first["levels"], first["last_layer_levels"]) == ("brecq", 4, 4)
+  assert first["test_accuracy"]["value"] == pytest.approx(0.8)
+  reporting.report(tmp_path)
+  assert (
+    f"each model trained on {members.mean():.0%} of them" in (tmp_path / "index.html").read_text()
+  )
+
+
+def test_targets_of_their_own(tmp_path):
+  shadows = save(tmp_path / "shadows.npz")
+  targets = save(tmp_path / "targets.npz", levels=np.array(3), method=np.array("obc"))
+  found = attack_saved(tmp_path, shadows, targets)
+  assert {record["method"] for record in records.select(found, "leakage")} == {"obc"}
+
+
+BAD = {
+  "objects": ({"scores": np.array([[1.0], [1.0, 2.0]], object)}, "array 'scores' holds Python obj"),
+  "bfloat16": (
+    {"scores": np.zeros((M, 2000), ml_dtypes.bfloat16)},
+    "raw type .*save it as float32",
+  ),
+  "text": ({"scores": np.full((M, 2000), "1.5")}, "scores are of type <U3"),
+  "far label": ({"labels": np.r_[10**9, np.zeros(1999, int)]}, "labels must be one class number"),
+  "half label": ({"labels": np.full(2000, 1.5)}, "labels must be one class number"),
+  "signs": ({"members": np.ones((M, 2000)) * -1}, "members hold -1.0"),
+  "words": ({"members": np.full((M, 2000), "False")}, "members are of type <U5; they must be bool"),
+  "unknown": ({"members": np.full((M, 2000), np.nan)}, "members hold nan"),
+  "infinite": ({"scores": np.full((M, 2000), np.inf)}, "scores of models 0, 1, .* NaN or infinite"),
+  "missing": ({"members": None}, "has no array 'members'; it has scores"),
+  "shape": ({"members": np.ones((M, 3), bool)}, "must be \\[models, examples, views\\]"),
+  "levels": ({"levels": np.array(1)}, "levels is 1; it must be one integer of at least 2"),
+  "accuracy": ({"accuracy": np.full(M, 80.0)}, "accuracy must be one number in"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_sentence_and_stays(tmp_path, name):
+  """Rows 11 and 12: the array and the file are named, and the user's only copy is left alone."""
+  changes, message = BAD[name]
+  path = save(tmp_path / "mine.npz", **changes)
+  before = path.read_bytes()
+  with pytest.raises(ValueError, match=message) as error:
+    attacking.read_scores(str(path))
+  assert str(path) in str(error.value)
+  assert "\n" not in str(error.value)
+  assert "delete" not in str(error.value)
+  assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 but no more"])
+def test_a_file_of_something_else_is_one_sentence(tmp_path, content):
+  path = tmp_path / "mine.npz"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r"mine.npz (is not|cannot be read as) an .npz file"):
+    attacking.read_scores(str(path))
+  np.save(tmp_path / "mine.npy", np.zeros((2, 3)))
+  with pytest.raises(ValueError, match=r"mine\.npy is not an \.npz file; save its arrays together"):
+    attacking.read_scores(str(tmp_path / "mine.npy"))
+
+
+def test_members_may_be_numbers(tmp_path):
+  path = save(tmp_path / "mine.npz")
+  members = np.load(path)["members"]
+  other = save(tmp_path / "other.npz", members=members.astype(np.float32))
+  np.testing.assert_array_equal(attacking.read_scores(str(other))["members"], members)
