@@ -2,6 +2,8 @@
 
 A code `c` in {0, ..., levels - 1} stands for the weight `(c - zero_point) * scale`. The unit is the
 number of levels, so 1.58 bits (3 levels) is no special case. Rounding is half to even throughout.
+Two levels are: with 0 as one of them all weights of one sign would be lost, so they stand on both
+sides of the weights' mean, and the zero point is between two whole numbers.
 """
 
 import functools
@@ -18,6 +20,9 @@ SEARCH_STEPS = 80
 
 MIN_LEVELS, MAX_LEVELS = 2, 256
 
+THRESHOLDS, LLOYD_STEPS = 16, 6
+"""Of the search for two levels."""
+
 _MIN_SPREAD = 2.0**-12  # a narrower channel, relative to its magnitude, counts as constant
 
 
@@ -27,7 +32,8 @@ class Grid(NamedTuple):
   scale: Float[ArrayLike, "..."]
   """Distance of neighbouring levels, in the unit of the weights; > 0."""
   zero_point: Float[ArrayLike, "..."]
-  """The code that stands for weight 0, a whole number. Outside [0, levels) if 0 is off the grid."""
+  """The code that stands for weight 0, a whole number unless there are two levels. Outside
+  [0, levels) if 0 is off the grid."""
   levels: int | Int[ArrayLike, "..."]
   """Number of levels, 2 to 256. An array lets several counts share one compilation under vmap."""
 
@@ -46,7 +52,11 @@ def fit(
   Asymmetric: the range [min, max] of a channel is cut into levels - 1 equal steps and shifted so
   that 0 falls on a whole number. Symmetric: the range is [-max|w|, max|w|] and the zero point
   `levels // 2`, so 0 is a level for odd and even counts (3 levels are {-s, 0, s}; 4 are
-  {-2s, -s, 0, s}).
+  {-2s, -s, 0, s}). Two levels are the pair with the least squared error (symmetric: +-mean|w|), or
+  with the search "minmax" the ends of the range.
+
+  The search works on weights scaled by a power of two to about 1, so that weights of 1e-20 or 1e16
+  get the same codes as weights of 1.
 
   Args:
     weights: a kernel in Flax layout. float16 and bfloat16 are fitted in float32.
@@ -75,8 +85,19 @@ def fit(
 
 def codes(weights: Float[ArrayLike, "..."], grid: Grid) -> Int[Array, "..."]:
   """Codes int32 in [0, levels) of the nearest levels. Exact on weights that `dequantize` made."""
-  steps = jnp.round(weights / grid.scale) + grid.zero_point
-  return jnp.clip(steps, 0, grid.levels - 1).astype(jnp.int32)
+  offset, first = in_steps(weights, grid)
+  return jnp.clip(jnp.round(offset) + first, 0, grid.levels - 1).astype(jnp.int32)
+
+
+def in_steps(
+  weights: Float[ArrayLike, "..."], grid: Grid
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+  """Weights in steps of the grid, whole numbers at its levels, and the code that 0 stands for.
+
+  Rounding the steps, up, down or to the nearest, and adding that code gives the code of a weight.
+  """
+  first = jnp.round(grid.zero_point)
+  return weights / grid.scale + (grid.zero_point - first), first
 
 
 def dequantize(codes: Int[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
@@ -127,6 +148,9 @@ def _fit(weights, levels, norm, symmetric, include_zero, steps):
   """Scale and zero point, each [1, ..., 1, channels], after `steps` shrink factors."""
   weights = jnp.asarray(weights)
   weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  axes = tuple(range(weights.ndim - 1))
+  _, exponent = jnp.frexp(jnp.max(jnp.abs(weights), axis=axes, keepdims=True))
+  weights = jnp.ldexp(weights, -exponent)
   low, high = _ranges(weights, symmetric, include_zero)
 
   def grid_at(factor):
@@ -141,12 +165,62 @@ def _fit(weights, levels, norm, symmetric, include_zero, steps):
     parts = (loss, candidate.scale, candidate.zero_point)
     return tuple(jnp.where(better, new, old) for new, old in zip(parts, best, strict=True)), None
 
-  if steps == 1:
-    return grid_at(1.0)[:2]
-  factors = jnp.asarray(1 - np.arange(steps) / 100, weights.dtype)
-  start = (jnp.full_like(low, jnp.inf), *grid_at(1.0)[:2])
-  (_, scale, zero_point), _ = jax.lax.scan(step, start, factors)
-  return scale, zero_point
+  scale, zero_point = grid_at(1.0)[:2]
+  if steps > 1:
+    factors = jnp.asarray(1 - np.arange(steps) / 100, weights.dtype)
+    start = (jnp.full_like(low, jnp.inf), scale, zero_point)
+    (_, scale, zero_point), _ = jax.lax.scan(step, start, factors)
+  if is_traced(levels) or levels == MIN_LEVELS:
+    if steps > 1:
+      lower, upper = _two_levels(weights, symmetric)
+    else:
+      lower, upper = (
+        (low, high)
+        if symmetric
+        else (end(weights, axis=axes, keepdims=True) for end in (jnp.min, jnp.max))
+      )
+    distance = upper - lower
+    pair = (levels == MIN_LEVELS) & (distance > _MIN_SPREAD * jnp.abs(upper))
+    pair &= jnp.any(weights != 0, axis=axes, keepdims=True)
+    scale = jnp.where(pair, distance, scale)
+    zero_point = jnp.where(pair, 0 - lower / jnp.where(pair, distance, 1), zero_point)
+  return jnp.ldexp(scale, exponent), zero_point
+
+
+def _two_levels(weights, symmetric):
+  """The two weights per channel with the least squared error: the best of some thresholds between
+  them, then Lloyd's iteration."""
+  axes = tuple(range(weights.ndim - 1))
+  average = functools.partial(jnp.mean, axis=axes, keepdims=True)
+  if symmetric:
+    upper = average(jnp.abs(weights))
+    return -upper, upper
+  smallest, largest = (end(weights, axis=axes, keepdims=True) for end in (jnp.min, jnp.max))
+
+  def ends(threshold):
+    above = weights > threshold
+    return average(weights, where=~above), average(weights, where=above)
+
+  def spread(threshold):
+    """How far apart the two are, weighted: what the error lacks to that of one level."""
+    lower, upper = ends(threshold)
+    share = average(weights > threshold)
+    return jnp.where(share > 0, share * (1 - share) * (upper - lower) ** 2, 0)
+
+  def try_one(best, part):
+    threshold = smallest + part * (largest - smallest)
+    value = spread(threshold)
+    return tuple(jnp.where(value > best[0], new, old) for new, old in
+                 zip((value, threshold), best, strict=True)), None  # fmt: skip
+
+  def improve(_, threshold):
+    lower, upper = ends(threshold)
+    return jnp.where(jnp.isfinite(upper), (lower + upper) / 2, threshold)
+
+  parts = jnp.asarray(np.arange(THRESHOLDS) / THRESHOLDS, weights.dtype)
+  (_, threshold), _ = jax.lax.scan(try_one, (jnp.zeros_like(smallest), smallest), parts)
+  lower, upper = ends(jax.lax.fori_loop(0, LLOYD_STEPS, improve, threshold))
+  return lower, jnp.where(jnp.isfinite(upper), upper, lower)
 
 
 def _ranges(weights, symmetric, include_zero):
@@ -163,5 +237,5 @@ def _ranges(weights, symmetric, include_zero):
       jnp.where(widen, jnp.minimum(low, 0), low),
       jnp.where(widen, jnp.maximum(high, 0), high),
     )
-  empty = high - low < jnp.finfo(weights.dtype).tiny * 1e6  # no step would be a normal number
+  empty = high == low  # a channel of zeros
   return jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)

@@ -18,7 +18,7 @@ import optax
 from ptq_jax.base import Array, Bool, Float, Int, Key, Keys, PyTree
 from ptq_jax.models import conv
 from ptq_jax.quantize import capture, grid, rounding
-from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.grid import Grid, in_steps
 
 UNDECIDED = 0.01
 """A loop may end once no more than this share of the weights has h between 1e-4 and 1 - 1e-4."""
@@ -179,7 +179,8 @@ def relax(
   stretched = sigmoid * width + rounding.GAMMA
   h = jnp.clip(stretched, 0, 1)
   h_slope = jnp.where(h == stretched, width * sigmoid * (1 - sigmoid), 0)
-  steps = jnp.floor(weights / grid.scale) + grid.zero_point + h
+  steps, first = in_steps(weights, grid)
+  steps = jnp.floor(steps) + first + h
   inside = (steps > 0) & (steps < grid.levels - 1)
   soft = (jnp.clip(steps, 0, grid.levels - 1) - grid.zero_point) * grid.scale
   side = 2 * h - 1

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ptq_jax.base import Array, ArrayLike, Float, Int
-from ptq_jax.quantize.grid import Grid, dequantize
+from ptq_jax.quantize.grid import Grid, dequantize, in_steps
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the sigmoid, so that it reaches 0 and 1 at finite alpha."""
@@ -19,7 +19,7 @@ def initial_alpha(weights: Float[ArrayLike, "..."], grid: Grid) -> Float[Array, 
 
   Inverts equation 23 at the part of weights / scale after the floor.
   """
-  steps = weights / grid.scale
+  steps, _ = in_steps(weights, grid)
   rest = steps - jnp.floor(steps)
   return -jnp.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
 
@@ -33,7 +33,8 @@ def soft_weights(
   weights: Float[ArrayLike, "..."], alpha: Float[ArrayLike, "..."], grid: Grid
 ) -> Float[Array, "..."]:
   """scale * (clip(floor(weights / scale) + h(alpha))), clipped to the grid: equation 22."""
-  steps = jnp.floor(weights / grid.scale) + soft(alpha) + grid.zero_point
+  steps, first = in_steps(weights, grid)
+  steps = jnp.floor(steps) + soft(alpha) + first
   return (jnp.clip(steps, 0, grid.levels - 1) - grid.zero_point) * grid.scale
 
 
@@ -41,7 +42,8 @@ def hard_codes(
   weights: Float[ArrayLike, "..."], alpha: Float[ArrayLike, "..."], grid: Grid
 ) -> Int[Array, "..."]:
   """Codes int32 in [0, levels) after the decision: up where alpha >= 0, where h >= 1/2."""
-  steps = jnp.floor(weights / grid.scale) + (alpha >= 0) + grid.zero_point
+  steps, first = in_steps(weights, grid)
+  steps = jnp.floor(steps) + (alpha >= 0) + first
   return jnp.clip(steps, 0, grid.levels - 1).astype(jnp.int32)
 
 

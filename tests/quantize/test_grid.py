@@ -68,7 +68,7 @@ def test_reference(layer, origin, symmetry, bits):
   np.testing.assert_allclose(rounded, dequantized, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("levels", [2, 3, 16])
+@pytest.mark.parametrize("levels", [3, 4, 16])
 def test_search_is_the_naive_loop(levels):
   weights = kernel()
   fitted = grid.fit(weights, levels=levels, norm=2.0)
@@ -96,7 +96,7 @@ def test_search_never_loses_to_minmax():
   assert (searched < plain).any()
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 16, 255, 256])
+@pytest.mark.parametrize("levels", [3, 4, 5, 8, 16, 255, 256])
 @pytest.mark.parametrize("search", ["mse", "minmax"])
 def test_symmetric_grids_hold_zero_and_are_even(levels, search):
   fitted = grid.fit(kernel(), levels=levels, symmetric=True, search=search)
@@ -205,3 +205,50 @@ def test_bad_input():
     weights[0, 0, 0, 0] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
       grid.fit(weights, levels=4)
+
+
+@pytest.mark.parametrize(
+  ("options", "tolerance"),
+  [({}, 0.1), ({"symmetric": True}, 1e-6), ({"include_zero": False}, 0.1)],
+)
+def test_two_levels_stand_on_both_sides(options, tolerance):
+  weights = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32)
+  fitted = grid.fit(weights, levels=2, **options)
+  rounded = np.asarray(grid.nearest(weights, fitted))
+  low, high = rounded.min(axis=0), rounded.max(axis=0)
+  np.testing.assert_allclose(high, -low, atol=tolerance)
+  np.testing.assert_allclose(high, 0.798, atol=0.05)  # of a normal distribution sqrt(2 / pi)
+  assert ((rounded - weights) ** 2).mean() < 0.37  # 1 - 2 / pi
+
+
+def test_two_levels_have_the_least_squared_error():
+  weights = np.random.default_rng(1).exponential(size=(40, 5)).astype(np.float32)
+  found = grid.error(weights, grid.fit(weights, levels=2), norm=2.0)
+  for channel in range(5):
+    ordered = np.sort(weights[:, channel].astype(np.float64))
+    best = min(np.var(ordered[:k]) * k + np.var(ordered[k:]) * (40 - k) for k in range(1, 40)) / 40
+    assert best * 0.999 < found[channel] < best * 1.02
+
+
+@pytest.mark.parametrize("search", ["mse", "minmax"])
+@pytest.mark.parametrize(
+  "values", [(0.0, 0.0), (0.25, 0.25), (-3.0, -3.0), (-1.0, 2.0), (0.5, 1.5)]
+)
+def test_two_values_are_exact_on_two_levels(values, search):
+  weights = np.array([[values[0]], [values[1]], [values[0]]], np.float32)
+  fitted = grid.fit(weights, levels=2, search=search)
+  np.testing.assert_allclose(grid.nearest(weights, fitted), weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 16, 256])
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e-16, 1e16, 1e30])
+def test_codes_do_not_depend_on_the_scale_of_the_weights(levels, factor):
+  weights = np.random.default_rng(2).normal(size=(200, 4)).astype(np.float32)
+  scaled = weights * np.float32(factor)
+  expected = grid.codes(weights, grid.fit(weights, levels=levels))
+  found = grid.codes(scaled, grid.fit(scaled, levels=levels))
+  assert (np.asarray(found) != expected).mean() < 0.005  # ties may turn by the rounding of `scaled`
+  two = np.float32(2.0**40)
+  np.testing.assert_array_equal(
+    grid.codes(weights * two, grid.fit(weights * two, levels=levels)), expected
+  )
