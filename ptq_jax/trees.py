@@ -1,4 +1,9 @@
-"""Pytrees: leaves by path, stacking models, slicing them out again."""
+"""Pytrees: leaves by path, stacking models, slicing them out again.
+
+A path is a string of names joined by "/". A name that holds "/" or "~" itself is written with "~1"
+and "~0" in their place (RFC 6901), so that every tree of mappings has paths of its own. Parameters
+in a Flax box (`nn.with_partitioning`) count as the arrays that they hold.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,41 +11,63 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from ptq_jax.base import PyTree
 
 SEPARATOR = "/"
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Leaves of nested mappings by path, in insertion order.
+def join(names: Sequence[Any]) -> str:
+  """The path of some names.
+
+  >>> join(["params", "Dense_0/kernel", "scale"])
+  'params/Dense_0~1kernel/scale'
+  """
+  return SEPARATOR.join(str(name).replace("~", "~0").replace(SEPARATOR, "~1") for name in names)
+
+
+def names(path: str) -> list[str]:
+  """Inverse of `join`."""
+  return [part.replace("~1", SEPARATOR).replace("~0", "~") for part in path.split(SEPARATOR)]
+
+
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
+  """Leaves of nested mappings by path, in the order of JAX; whatever is no mapping is a leaf.
 
   >>> flatten({"params": {"stem": {"kernel": 1}, "head": {"bias": 2}}})
-  {'params/stem/kernel': 1, 'params/head/bias': 2}
+  {'params/head/bias': 2, 'params/stem/kernel': 1}
   """
-  leaves = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      leaves |= {f"{name}{SEPARATOR}{path}": leaf for path, leaf in flatten(value).items()}
-    else:
-      leaves[name] = value
-  return leaves
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+  return {_path(keys): leaf for keys, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Inverse of `flatten`.
+  """Nested dicts of leaves by path.
 
   >>> unflatten({'params/stem/kernel': 1, 'params/head/bias': 2})
   {'params': {'stem': {'kernel': 1}, 'head': {'bias': 2}}}
   """
   tree: dict[str, Any] = {}
   for path, leaf in leaves.items():
-    *parents, name = path.split(SEPARATOR)
+    *parents, name = names(path)
     node = tree
     for parent in parents:
       node = node.setdefault(parent, {})
     node[name] = leaf
   return tree
+
+
+def empty(tree: Mapping[Any, Any]) -> list[str]:
+  """Paths of the mappings without any entry, which `flatten` cannot tell.
+
+  >>> empty({"params": {"kernel": 1}, "batch_stats": {}})
+  ['batch_stats']
+  """
+  nodes, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda node: _is_leaf(node) or not node
+  )
+  return [_path(keys) for keys, node in nodes if isinstance(node, Mapping)]
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:
@@ -50,25 +77,28 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
     KeyError: names the part of the path that is missing and what stands there instead.
   """
   node: Any = tree
-  for part in path.split(SEPARATOR):
+  for part in names(path):
     if not isinstance(node, Mapping) or part not in node:
       there = sorted(node) if isinstance(node, Mapping) else "a leaf"
       raise KeyError(f"no {part!r} on the path {path!r}; there is {there}.")
     node = node[part]
-  return node
+  return node.unbox() if isinstance(node, meta.AxisMetadata) else node
 
 
-def replace(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy of `tree` with the leaves at the given paths replaced.
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+  """A copy of `tree`, of the very same structure, with the leaves at the given paths replaced.
 
   Raises:
     KeyError: if a path names no leaf of the tree.
   """
-  flat = flatten(tree)
-  unknown = sorted(set(leaves) - set(flat))
+  found, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+  paths = [_path(keys) for keys, _ in found]
+  unknown = sorted(set(leaves) - set(paths))
   if unknown:
-    raise KeyError(f"the tree has no leaf {unknown[0]!r}; it has {sorted(flat)}.")
-  return unflatten(flat | dict(leaves))
+    raise KeyError(f"the tree has no leaf {unknown[0]!r}; it has {sorted(paths)}.")
+  return structure.unflatten(
+    [leaves.get(path, leaf) for path, (_, leaf) in zip(paths, found, strict=True)]
+  )
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
@@ -101,3 +131,12 @@ def length(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
   """Bytes of all leaves, arrays or `jax.ShapeDtypeStruct`."""
   return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _is_leaf(node) -> bool:
+  return not isinstance(node, Mapping | meta.AxisMetadata)
+
+
+def _path(keys) -> str:
+  """A JAX key path as a string; the inside of a box has no name of its own."""
+  return join([key.key for key in keys if isinstance(key, jax.tree_util.DictKey)])

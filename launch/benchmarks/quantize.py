@@ -313,7 +313,7 @@ def _plain_layers(case, plain_steps) -> Times:
   one, pictures = trees.take((variables, images), 0)
   total = Times(0.0, 0.0)
   for described in units.layers(model, one, pictures):
-    call = capture.calls(model, one, pictures, [described.path])[described.path]
+    (call,) = capture.calls(model, one, pictures, [described])[described.path]
     kernel = trees.get(one, described.kernel)
     fitted = grid.fit(kernel, levels=plans[0][described.path])
 

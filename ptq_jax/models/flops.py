@@ -4,13 +4,13 @@ Normalisation, activations, pooling and the optimiser are not counted: they are 
 arithmetic of these networks. A multiply-add is two floating-point operations (FLOPs).
 """
 
-import math
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ptq_jax.models import units
+from ptq_jax.models import call, units
 from ptq_jax.models.units import Layer
 
 PER_MULTIPLY_ADD = 2
@@ -21,21 +21,23 @@ TRAINING_FACTOR = 3
 
 def of_layer(layer: Layer) -> int:
   """Multiply-adds of one layer for one image: each weight once per output pixel."""
-  return math.prod(layer.kernel_shape) * layer.positions
+  if layer.kind == "embed":
+    return 0
+  return layer.num_rows * layer.num_columns * layer.positions
 
 
 def multiply_adds(model: nn.Module, *, image_shape: tuple[int, ...]) -> int:
   """Multiply-adds of a forward pass of one image; nothing is computed.
 
   Args:
-    model: any Linen model that runs as `model.apply(variables, images, train=False)`.
+    model: any Linen model, see `models.call`.
     image_shape: of one image, [H, W, c].
   Raises:
     ValueError: a shape that does not fit the model, or layers that cannot be counted; see
       `units.layers`.
   """
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = jax.eval_shape(functools.partial(call.init, model), jax.random.key(0), images)
   return sum(map(of_layer, units.layers(model, variables, images)))
 
 

@@ -5,6 +5,10 @@ factor moves into the kernel; the BN that stays only adds a bias. The tree keeps
 same model runs the folded variables.
 """
 
+import collections
+import functools
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,23 +18,42 @@ from jax.extend.core import Literal, jaxprs_in_params
 
 from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Shaped, Variables
+from ptq_jax.models import call
+
+TOLERANCE = 1e-3
+"""Of the outputs, relative to their size, when a folding is tried."""
 
 
-def fold(model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "n ..."]) -> dict:
+def fold(model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "n ..."]) -> Variables:
   """Variables of the same tree, dtypes and function, with batch normalisation folded.
 
   Each kernel (and bias) of a layer followed by a BN is multiplied by scale / sqrt(var + eps) of
   its channel. That BN gets scale 1, mean 0, variance 1 - eps and as its bias what is left to add
-  (a BN without a bias gets it as a negative mean). BNs that follow no layer alone stay.
+  (a BN without a bias gets it as a negative mean). BNs that follow no layer alone stay, and so do
+  those whose folding changes what the model gives for an image.
 
   Args:
     model: any Linen model with nn.BatchNorm; written for one model, vmap over stacked variables.
-    images: a batch; only its shape matters.
+    images: a batch; the first is what foldings are tried on, unless it is traced.
   """
+  return apply(variables, _that_hold(model, variables, images))
+
+
+def fold_stacked(
+  model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "M n ..."]
+) -> Variables:
+  """`fold` of models stacked along a first axis; the foldings are tried on the first model."""
+  found = _that_hold(model, trees.take(variables, 0), images[0])
+  return jax.vmap(functools.partial(apply, found=found))(variables)
+
+
+def apply(variables: Variables, found: Mapping[str, tuple[str, float]]) -> Variables:
+  """Folds the pairs of layer and BN that `pairs` gives."""
   flat = trees.flatten(variables)
-  for layer, (norm, epsilon) in pairs(model, variables, images).items():
-    flat |= _folded(flat, layer, norm, epsilon)
-  return trees.unflatten(flat)
+  changed = {}
+  for layer, (norm, epsilon) in found.items():
+    changed |= _folded(flat, layer, norm, epsilon)
+  return trees.replace(variables, changed)
 
 
 def pairs(
@@ -39,41 +62,71 @@ def pairs(
   """Layer path -> (path, epsilon) of the BN that alone consumes the layer's output.
 
   The model is traced, never run: layer outputs and BN inputs are tagged with names, and a pair is
-  an output tag whose only consumer is a BN's input tag.
+  an output tag whose only consumer is a BN's input tag. Layer and BN each run exactly once.
   """
   epsilons: dict[str, float] = {}
+  runs: collections.Counter[str] = collections.Counter()
+  active: list[str] = []
 
   def tag(next_function, args, kwargs, context):
-    module, path = context.module, trees.SEPARATOR.join(context.module.path)
-    if context.method_name != "__call__":
+    module, path = context.module, trees.join(context.module.path)
+    if context.method_name != "__call__" or path in active:
       return next_function(*args, **kwargs)
-    if isinstance(module, nn.BatchNorm) and _is_foldable(module, args, kwargs):
+    runs[path] += 1
+    active.append(path)
+    x = args[0] if args else kwargs.get("x")
+    if isinstance(module, nn.BatchNorm) and x is not None and _is_foldable(module, x, args, kwargs):
       epsilons[path] = module.epsilon
-      return next_function(checkpoint_name(args[0], f"into {path}"), *args[1:], **kwargs)
+      x = checkpoint_name(x, f"into {path}")
+      args, kwargs = (x, *args[1:]), {name: kwargs[name] for name in kwargs if name != "x"}
     outputs = next_function(*args, **kwargs)
+    active.pop()
     if isinstance(module, nn.Conv | nn.Dense):
       return checkpoint_name(outputs, f"out of {path}")
     return outputs
 
   def run(variables, images):
     with nn.intercept_methods(tag):
-      return model.apply(variables, images, train=False)
+      return call.apply(model, variables, images)
 
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), (variables, images)
   )
   closed = jax.make_jaxpr(run)(*shapes)
-  return {layer: (norm, epsilons[norm]) for layer, norm in _tagged_pairs(closed.jaxpr)}
+  return {
+    layer: (norm, epsilons[norm])
+    for layer, norm in _tagged_pairs(closed.jaxpr)
+    if runs[layer] == 1 == runs[norm]
+  }
 
 
-def _is_foldable(module, args, kwargs) -> bool:
-  """Whether a BN normalises the last axis by its running statistics."""
+def _that_hold(model, variables, images):
+  """The pairs whose folding leaves the model's outputs for an image as they are."""
+  found = pairs(model, variables, images)
+  if not found or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, images))):
+    return found
+  image = jnp.asarray(images[:1])
+  expected = call.apply(model, variables, image)
+
+  def holds(some):
+    given = call.apply(model, apply(variables, some), image)
+    return all(
+      np.linalg.norm(np.ravel(a - b)) <= TOLERANCE * (1e-6 + np.linalg.norm(np.ravel(b)))
+      for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True)
+    )
+
+  if holds(found):
+    return found
+  return {layer: norm for layer, norm in found.items() if holds({layer: norm})}
+
+
+def _is_foldable(module, x, args, kwargs) -> bool:
+  """Whether a BN normalises the last axis by its running statistics, and nothing more."""
   running = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
   if running is None:
     running = module.use_running_average
   axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
-  last = args[0].ndim - 1 if args else None
-  return bool(running) and len(axes) == 1 and axes[0] in (-1, last)
+  return bool(running) and len(axes) == 1 and axes[0] in (-1, x.ndim - 1)
 
 
 def _tagged_pairs(jaxpr):

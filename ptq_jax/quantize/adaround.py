@@ -24,9 +24,9 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
-from ptq_jax.models import conv
+from ptq_jax.models import conv, units
 from ptq_jax.models.units import Layer
-from ptq_jax.quantize import capture, grid, plan, quadratic, reconstruct, walk
+from ptq_jax.quantize import capture, grid, quadratic, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Levels, Plan, Record
@@ -60,7 +60,7 @@ def quantize_params(
   """AdaRound for one model.
 
   Args:
-    variables: of a Linen model that runs as `model.apply(variables, images, train=False)`.
+    variables: of a Linen model, see `models.call`.
     images: calibration images, as the model takes them.
     levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
     last_layer_levels: of the classifier, when they differ; "full" for full precision.
@@ -89,6 +89,7 @@ def quantize_stacked(
   sweeps: int = SWEEPS,
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
+  strict: bool = False,
 ) -> tuple[Variables, list[Record]]:
   """AdaRound for M models under P plans at once.
 
@@ -105,22 +106,21 @@ def quantize_stacked(
     grid_options: for `grid.fit`.
     memory_bytes: what the pairs of model and plan that run at once may take; None: half of the
       accelerator's free memory, 2 GiB on CPU. Only a memory knob.
+    strict: refuse a model with weights that stay in full precision.
   Returns:
-    Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer with
-    arrays [P, M].
+    Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer, and per
+    weight that stays in full precision, with arrays [P, M].
   Raises:
     ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options.
   """
   if form not in ("auto", "mini_batch", "second_moment"):
     raise ValueError(f'form must be "auto", "mini_batch" or "second_moment", got {form!r}.')
   reconstruct.check_stop(stop)
-  layers = capture.check(model, variables, images)
-  for chosen in plans:
-    plan.check(chosen, layers)
+  layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
   num_images = np.shape(images)[1]
   forms = {
     layer.path: choose_form(layer, num_images, second_moment, mini_batch)
-    if form == "auto"
+    if form == "auto" or not _has_batches(layer)
     else form
     for layer in layers
   }
@@ -143,6 +143,8 @@ def quantize_stacked(
     variables,
     images,
     plans=plans,
+    chain=units.chain(model, *capture.one_of(variables, images)),
+    kept=kept,
     pair_bytes=_pair_bytes(layers, forms, num_images),
     memory_bytes=memory_bytes,
   )
@@ -151,14 +153,23 @@ def quantize_stacked(
 def choose_form(
   layer: Layer, num_images: int, second_moment: Schedule, mini_batch: Schedule
 ) -> Literal["mini_batch", "second_moment"]:
-  """The form that needs fewer multiplications for a layer."""
-  rows, columns = math.prod(layer.kernel_shape[:-1]), layer.kernel_shape[-1]
+  """The form that needs fewer multiplications for a layer.
+
+  One that runs more than once, or not on images, has no mini-batches.
+  """
+  if not _has_batches(layer):
+    return "second_moment"
+  rows, columns = layer.num_rows, layer.num_columns
   in_rows = rows * layer.feature_group_count
   gather = num_images * layer.positions * in_rows * (rows + columns)
   full = gather + second_moment.num_steps * 2 * rows * rows * columns
   batch = min(mini_batch.batch_size, num_images) * layer.positions
   partial = mini_batch.num_steps * 2 * batch * rows * columns
   return "second_moment" if full <= partial else "mini_batch"
+
+
+def _has_batches(layer: Layer) -> bool:
+  return layer.by_image and not layer.also
 
 
 def quantize_layer(
@@ -200,18 +211,19 @@ def _layer_moments(site: walk.Site, layer: Layer, index: int) -> quadratic.Momen
   """Moments of a layer on all images of one branch."""
   model_index = site.models[index]
   inputs, full_inputs = site.quantized_inputs[index], site.full_inputs[model_index]
-  num_images = len(inputs)
+  size = capture.images_at_once([layer])
+  batches = (walk.unit_batches(x, site.unit, size) for x in (full_inputs, inputs))
   total = None
-  for batch in capture.batches(np.arange(num_images), capture.images_at_once([layer])):
+  for full_batch, batch in zip(*batches, strict=True):
     part = _batch_moments(
       Hashable(site.model),
-      site.unit.name,
+      site.unit,
       layer,
       site.full[model_index],
       site.quantized[index],
-      full_inputs[batch],
-      inputs[batch],
-      len(batch) / num_images,
+      full_batch,
+      batch,
+      len(batch) / len(inputs),
     )
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   return total
@@ -219,20 +231,18 @@ def _layer_moments(site: walk.Site, layer: Layer, index: int) -> quadratic.Momen
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))
 def _batch_moments(model, unit, layer, full, quantized, full_inputs, inputs, share):
-  full_call = capture.calls(model.module, full, full_inputs, [layer.path], unit=unit)[layer.path]
-  call = capture.calls(model.module, quantized, inputs, [layer.path], unit=unit)[layer.path]
-  targets = _without_bias(full, layer, full_call.outputs)
-  result = quadratic.moments(call.inputs, targets, trees.get(full, layer.kernel), layer)
-  return jax.tree.map(lambda leaf: leaf * share, result)
-
-
-def _without_bias(variables, layer, outputs):
-  """A layer's outputs before its bias was added."""
-  parameters = trees.get(variables, f"params/{layer.path}")
-  if "bias" not in parameters:
-    return outputs
-  bias = jnp.expand_dims(parameters["bias"], tuple(range(outputs.ndim - 1)))
-  return outputs - bias
+  full_calls = capture.calls(model.module, full, full_inputs, [layer], unit=unit)[layer.path]
+  calls = capture.calls(model.module, quantized, inputs, [layer], unit=unit)[layer.path]
+  kernel, parts = trees.get(full, layer.kernel), []
+  for geometry, one, wanted in zip(layer.geometries, calls, full_calls, strict=True):
+    outputs = capture.without_bias(full, geometry, wanted.outputs)
+    found = quadratic.moments(one.inputs, outputs, kernel, geometry)
+    parts.append((outputs.size, found))
+  rows = sum(count for count, _ in parts)
+  weighted = [
+    jax.tree.map(lambda leaf, w=share * count / rows: leaf * w, found) for count, found in parts
+  ]
+  return functools.reduce(functools.partial(jax.tree.map, jnp.add), weighted)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -240,8 +250,9 @@ def _solve(layer, schedule, stop, sweeps, kernels, grids, sums):
   """Rounded kernels [N, ...] and solutions of stacked layers."""
 
   def one(kernel, kernel_grid, layer_moments):
-    weights = capture.kernel_matrix(kernel.astype(jnp.float32), layer)
-    matrix_grid = _matrix_grid(kernel_grid, layer)
+    weights = capture.kernel_matrix(kernel.astype(kernel_grid.scale.dtype), layer)
+    scale, zero_point = (capture.kernel_matrix(part, layer) for part in kernel_grid[:2])
+    matrix_grid = Grid(scale, zero_point, kernel_grid.levels)
     solution = quadratic.solve(
       weights, matrix_grid, layer_moments, schedule=schedule, stop=stop, sweeps=sweeps
     )
@@ -251,18 +262,11 @@ def _solve(layer, schedule, stop, sweeps, kernels, grids, sums):
   return jax.vmap(one)(kernels, grids, sums)
 
 
-def _matrix_grid(kernel_grid: Grid, layer: Layer) -> Grid:
-  """A kernel's grid with scale and zero point as [groups, 1, outputs / groups]."""
-  shape = (layer.feature_group_count, 1, -1)
-  return Grid(
-    jnp.reshape(kernel_grid.scale, shape),
-    jnp.reshape(kernel_grid.zero_point, shape),
-    kernel_grid.levels,
-  )
-
-
 class LayerRun(NamedTuple):
-  """One layer without its bias, as patches times a matrix: no convolution inside the loop."""
+  """One layer without its bias, as patches times a matrix: no convolution inside the loop.
+
+  Outputs are [n, positions, channels].
+  """
 
   layer: Layer
 
@@ -270,7 +274,7 @@ class LayerRun(NamedTuple):
     del variables
     matrix = capture.kernel_matrix(weights[self.layer.path], self.layer)
     product = jnp.einsum("gpd,gdk->pgk", capture.patches(inputs, self.layer), matrix)
-    return product.reshape(*inputs.shape[:1], *self.layer.output_shape)
+    return product.reshape(len(inputs), -1, self.layer.num_columns)
 
 
 def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
@@ -278,11 +282,12 @@ def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
   inputs, targets = [], []
   for index in active:
     model_index = site.models[index]
-    full, name = site.full[model_index], site.unit.name
-    x = _layer_calls(site.model, name, layer, site.quantized[index], site.quantized_inputs[index])
-    y = _layer_calls(site.model, name, layer, full, site.full_inputs[model_index])
+    full = site.full[model_index]
+    x = _layer_calls(site, layer, site.quantized[index], site.quantized_inputs[index])
+    y = _layer_calls(site, layer, full, site.full_inputs[model_index])
     inputs.append(x.inputs)
-    targets.append(_without_bias(full, layer, y.outputs))
+    rows = capture.output_rows(capture.without_bias(full, layer, y.outputs), layer)
+    targets.append(jnp.moveaxis(rows, 0, 1).reshape(len(x.inputs), -1, layer.num_columns))
   problems = reconstruct.Problem(
     {layer.path: kernels}, {layer.path: grids}, {}, walk.stack(inputs), walk.stack(targets)
   )
@@ -294,18 +299,18 @@ def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
   return kernels[layer.path], before, after, steps
 
 
-def _layer_calls(model, unit, layer, variables, inputs) -> capture.Call:
-  """Inputs and outputs of a layer on all images of one model."""
+def _layer_calls(site, layer, variables, inputs) -> capture.Call:
+  """Inputs and outputs of a layer that runs once, on all images of one model."""
   parts = [
-    _layer_call(Hashable(model), unit, layer.path, variables, batch)
-    for batch in capture.batches(inputs, capture.images_at_once([layer]))
+    _layer_call(Hashable(site.model), site.unit, layer, variables, batch)
+    for batch in walk.unit_batches(inputs, site.unit, capture.images_at_once([layer]))
   ]
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))
-def _layer_call(model, unit, path, variables, inputs):
-  return capture.calls(model.module, variables, inputs, [path], unit=unit)[path]
+def _layer_call(model, unit, layer, variables, inputs):
+  return capture.calls(model.module, variables, inputs, [layer], unit=unit)[layer.path][0]
 
 
 def _pair_bytes(layers, forms, num_images) -> int:
@@ -313,7 +318,7 @@ def _pair_bytes(layers, forms, num_images) -> int:
 
   def needed(layer):
     weights = math.prod(layer.kernel_shape)
-    columns = math.prod(layer.kernel_shape[:-1])
+    columns = layer.num_rows
     ends = num_images * (math.prod(layer.input_shape) + math.prod(layer.output_shape))
     if forms[layer.path] == "mini_batch":
       return 3 * ends + 10 * weights

@@ -1,7 +1,8 @@
 """Running statistics of batch normalisation, estimated anew for a network whose weights changed."""
 
 import functools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import ArrayLike, Key, Keys, Shaped, Variables
-from ptq_jax.models import conv
+from ptq_jax.base import Array, ArrayLike, Float, Key, Keys, Shaped, Variables
+from ptq_jax.models import call, conv
 from ptq_jax.quantize import capture
 from ptq_jax.quantize.capture import Hashable
 
@@ -29,24 +30,43 @@ def estimate(
   """One model with the running means and variances that some images give.
 
   The model runs in training mode, in batches nearly equal in size and at most `batch_size`; the
-  batches' means and mean squares are averaged. The momentum of a layer does not matter. Variables
-  without "batch_stats" come back as they are.
+  batches' means and mean squares are averaged. What a batch gave follows from the update of
+  running statistics that were 0, and the momentum of the module. Statistics of a layer that sees a
+  single value per channel (one image, no pixels) have no variance: they stay, with a warning. So
+  does whatever else "batch_stats" holds. Variables without "batch_stats" come back as they are.
 
   Args:
     key: for dropout, should the model have some.
-    variables: of one model that runs as `model.apply(variables, images, train=True)`.
+    variables: of one model, see `models.call`.
   Returns:
     Variables of the same tree and dtypes.
   """
   if not variables.get("batch_stats"):
     return variables
+  norms = _norms(model, variables, images)
+  single = [path for path, (_, values) in norms.items() if values < 2]
+  if single:
+    warnings.warn(
+      f"{len(images)} image gives {single[0]!r} a single value per channel, which has no variance; "
+      "the statistics of such layers stay as they are. Calibrate with more images.",
+      stacklevel=2,
+    )
+  momenta = tuple((path, m) for path, (m, _) in norms.items() if path not in single and m < 1)
+  if not momenta:
+    return variables
   total = None
   for index, batch in enumerate(capture.batches(images, batch_size)):
-    moments = _batch_moments(Hashable(model), jax.random.fold_in(key, index), variables, batch)
+    one_key = jax.random.fold_in(key, index)
+    moments = _batch_moments(Hashable(model), momenta, one_key, variables, batch)
     weight = len(batch) / len(images)
     part = jax.tree.map(functools.partial(jnp.multiply, weight), moments)
     total = part if total is None else jax.tree.map(jnp.add, total, part)
-  return {**variables, "batch_stats": _centered(total, variables["batch_stats"])}
+  old, changed = trees.flatten(variables), {}
+  for mean, var, *_ in _leaves(momenta):
+    changed[mean] = total[mean].astype(old[mean].dtype)
+    centered = jnp.maximum(total[var] - total[mean] ** 2, 0)
+    changed[var] = centered.astype(old[var].dtype)
+  return trees.replace(variables, changed)
 
 
 def estimate_stacked(
@@ -67,47 +87,57 @@ def estimate_stacked(
   return trees.stack(plans)
 
 
-@functools.partial(conv.jit, static_argnums=0)
-def _batch_moments(model, key, variables, images):
-  """Means, and mean squares in place of variances, of a batch, in the tree of "batch_stats".
+def _norms(model, variables, images) -> dict[str, tuple[float, int]]:
+  """Per path of a normalisation in training mode: what its calls leave of the old statistics (the
+  momentum to the power of their number), and values per channel that a call sees."""
+  found: dict[str, tuple[float, int]] = {}
+  active: list[str] = []
 
-  Running statistics r become m r + (1 - m) b for those of the batch b, so one update of zeros and
-  one of ones tell both m and b, whatever the momentum.
-  """
+  def note(next_function, args, kwargs, context):
+    module, path = context.module, trees.join(context.module.path)
+    outer = context.method_name == "__call__" and path not in active
+    if not outer or not isinstance(module, nn.BatchNorm):
+      return next_function(*args, **kwargs)
+    active.append(path)
+    outputs = next_function(*args, **kwargs)
+    active.pop()
+    x = args[0] if args else kwargs["x"]
+    axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
+    values = x.size // max(1, int(np.prod([x.shape[axis] for axis in axes])))
+    left, fewest = found.get(path, (1.0, values))
+    running = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    running = module.use_running_average if running is None else running
+    kept = 1.0 if running else float(module.momentum)
+    found[path] = left * kept, min(fewest, values)
+    return outputs
 
-  def updated(value):
-    stats = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), variables["batch_stats"])
-    _, new = model.module.apply(
-      {**variables, "batch_stats": stats},
-      images,
-      train=True,
-      mutable=["batch_stats"],
-      rngs={"dropout": key},
-    )
-    return new["batch_stats"]
-
-  def of_batch(from_zeros, from_ones, running):
-    momentum = from_ones - from_zeros
-    return jnp.where(momentum < 1, from_zeros / (1 - momentum), running)
-
-  batch = jax.tree.map(of_batch, updated(0.0), updated(1.0), variables["batch_stats"])
-  leaves = trees.flatten(batch)
-  squares = {path: leaf + leaves[mean] ** 2 for path, mean, leaf in _variances(leaves)}
-  return trees.unflatten(leaves | squares)
-
-
-def _centered(moments, like):
-  """Means and variances from means and mean squares, in the dtypes of `like`."""
-  leaves = trees.flatten(moments)
-  centered = {path: jnp.maximum(leaf - leaves[m] ** 2, 0) for path, m, leaf in _variances(leaves)}
-  tree = trees.unflatten(leaves | centered)
-  return jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), tree, dict(like))
+  with nn.intercept_methods(note):
+    jax.eval_shape(functools.partial(_updated, model), jax.random.key(0), variables, images)
+  return found
 
 
-def _variances(leaves):
-  """(path of a variance, path of its mean, the variance) of every pair in the statistics."""
-  for path, leaf in leaves.items():
-    *parents, name = path.split(trees.SEPARATOR)
-    mean = trees.SEPARATOR.join([*parents, "mean"])
-    if name == "var" and mean in leaves:
-      yield path, mean, leaf
+def _updated(model, key, variables, images):
+  """Collection "batch_stats" after a forward pass in training mode."""
+  _, new = call.apply(
+    model, variables, images, train=True, mutable=["batch_stats"], rngs=call.rngs(key)
+  )
+  return new
+
+
+@functools.partial(conv.jit, static_argnums=(0, 1))
+def _batch_moments(model, momenta, key, variables, images) -> dict[str, Float[Array, "..."]]:
+  """Means, and mean squares in place of variances, of a batch, by path in the variables."""
+  old = trees.flatten(variables)
+  zeros = {p: jnp.zeros_like(old[p]) for mean, var, _ in _leaves(momenta) for p in (mean, var)}
+  new = trees.flatten(_updated(model.module, key, trees.replace(variables, zeros), images))
+  found = {}
+  for mean, var, momentum in _leaves(momenta):
+    found[mean] = new[mean] / (1 - momentum)
+    found[var] = new[var] / (1 - momentum) + found[mean] ** 2
+  return found
+
+
+def _leaves(momenta) -> Iterator[tuple[str, str, float]]:
+  """(path of the mean, of the variance, what is left of old ones) per normalisation."""
+  for path, momentum in momenta:
+    yield f"batch_stats/{path}/mean", f"batch_stats/{path}/var", momentum

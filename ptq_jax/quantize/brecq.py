@@ -1,8 +1,8 @@
 """BRECQ: the roundings of a whole block are learned together, so that the block's output stays.
 
 Li et al. 2021, arXiv:2102.05426. Batch normalisation is folded into the convolutions first. Unit by
-unit along the chain that a zoo model names (stem, blocks, head), with shortcut and activation
-inside the unit; its inputs come from the network quantized so far, its targets are the
+unit (`models.units.chain`: what a zoo model names, or submodules of any other), with shortcut and
+activation inside the unit; its inputs come from the network quantized so far, its targets are the
 full-precision outputs on full-precision inputs. All layers of a unit are learned jointly by the
 loop in `reconstruct`. Activations stay in full precision.
 
@@ -24,9 +24,10 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
-from ptq_jax.models import conv, fold_batchnorm, units
+from ptq_jax.models import call, conv, fold_batchnorm
+from ptq_jax.models import units as cut
 from ptq_jax.models.units import Unit
-from ptq_jax.quantize import adaround, capture, plan, reconstruct, walk
+from ptq_jax.quantize import adaround, capture, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.plan import Levels, Plan, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
@@ -50,12 +51,15 @@ def quantize_params(
   last_layer_levels: int | Literal["full"] | None = None,
   **options,
 ) -> tuple[Variables, list[Record]]:
-  """BRECQ for one model; arguments and errors as `adaround.quantize_params`.
+  """BRECQ for one model; arguments and errors as `adaround.quantize_params`, `labels` int [n].
 
   Returns:
     Variables of the same tree and dtypes, batch normalisation folded, and one record per unit,
     with scalars.
   """
+  if options.get("labels") is not None:
+    labels = jnp.asarray(options["labels"])
+    options["labels"] = labels if labels.ndim == 2 else labels[None]
   return walk.one_model(
     quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
   )
@@ -68,53 +72,53 @@ def quantize_stacked(
   images: Shaped[ArrayLike, "M n ..."],
   *,
   plans: Sequence[Plan],
+  units: Sequence[str] | None = None,
   loss: str = "mse",
-  labels: Shaped[ArrayLike, "M n"] | None = None,
+  labels: Shaped[ArrayLike, "M ..."] | None = None,
   form: str = "auto",
   stop: str = "plateau",
   schedule: Schedule = SCHEDULE,
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
+  strict: bool = False,
 ) -> tuple[Variables, list[Record]]:
   """BRECQ for M models under P plans at once.
 
   Args:
     keys: [M], one per model; a model's result does not depend on its neighbours.
-    model: of the zoo, or with methods `units()` and `run_unit(x, name, train)` like one.
+    model: any Linen model, see `models.call`.
     variables: stacked, leaves [M, ...].
     images: each model's own calibration images.
     plans: levels per layer path, see `plan.make`.
+    units: patterns of module paths that are the units, see `models.units.chain`; None: those that
+      the model names, otherwise the children of the top module, or the model as a whole.
     loss: "mse" weighs all outputs of a unit alike; "fisher" by the squared gradient of the
       full-precision network's cross-entropy with respect to them (section 3.3), scaled to mean 1.
-    labels: of the images, for "fisher"; None: drawn from the network's own prediction.
+    labels: of the images, for "fisher", integers in [0, classes); None: drawn from the network's
+      own prediction.
     form: "mini_batch", the paper's, steps on batches of images in every unit; "auto" takes
       AdaRound's second-moment form where a unit allows it, the loss is "mse" and AdaRound would.
     stop, schedule: of `reconstruct.minimize`.
-    grid_options, memory_bytes: as in `adaround.quantize_stacked`.
+    grid_options, memory_bytes, strict: as in `adaround.quantize_stacked`.
   Returns:
     Variables [P, M, ...] of the same tree and dtypes otherwise, with batch normalisation folded
-    (`fold_batchnorm.fold`), and one record per unit with arrays [P, M].
+    (`fold_batchnorm.fold`), and one record per unit, and per weight that stays in full precision,
+    with arrays [P, M].
   Raises:
-    ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options; a
-      model that names no units.
+    ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options.
   """
   if loss not in ("mse", "fisher"):
     raise ValueError(f'loss must be "mse" or "fisher", got {loss!r}.')
   if form not in ("auto", "mini_batch"):
     raise ValueError(f'form must be "auto" or "mini_batch", got {form!r}.')
   reconstruct.check_stop(stop)
-  if not units.has_units(model):
-    raise ValueError(
-      f"{type(model).__name__} names no units; BRECQ needs methods units() and run_unit(x, name, "
-      "train), as models of ptq_jax.models have."
-    )
-  layers = capture.check(model, variables, images)
-  for chosen in plans:
-    plan.check(chosen, layers)
+  _layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
   images = jnp.asarray(images)
-  folded = jax.vmap(lambda v: fold_batchnorm.fold(model, v, images[0]))(variables)
+  if labels is not None:
+    labels = _checked_labels(labels, model, variables, images)
+  folded = fold_batchnorm.fold_stacked(model, variables, images)
   options = _Options(loss, labels, form, schedule, stop, dict(grid_options or {}))
-  chain = units.chain(model, *trees.take((folded, images), 0))
+  chain = cut.chain(model, *capture.one_of(folded, images), units=units)
   return walk.quantize_stacked(
     functools.partial(_quantize_unit, options=options),
     keys,
@@ -122,9 +126,28 @@ def quantize_stacked(
     folded,
     images,
     plans=plans,
+    chain=chain,
+    kept=kept,
     pair_bytes=_pair_bytes(chain, images.shape[1], schedule.batch_size),
     memory_bytes=memory_bytes,
   )
+
+
+def _checked_labels(labels, model, variables, images) -> Array:
+  """Labels [M, n], once they are known to be classes of these images."""
+  labels = jnp.asarray(labels)
+  logits = jax.eval_shape(functools.partial(call.apply, model), *capture.one_of(variables, images))
+  if labels.shape != images.shape[:2] or not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(
+      f"labels must be integers, one for each of {images.shape[1]} images of {len(images)} models; "
+      f"got {labels.dtype} of shape {labels.shape}."
+    )
+  low, high = int(labels.min()), int(labels.max())
+  if low < 0 or high >= logits.shape[-1]:
+    raise ValueError(
+      f"labels must be in [0, {logits.shape[-1]}), the classes of the model; got {low} to {high}."
+    )
+  return labels
 
 
 class _Options(NamedTuple):
@@ -150,27 +173,28 @@ class UnitRun(NamedTuple):
   lowering: Literal["native", "patches"]
 
   def __call__(self, weights, variables, inputs):
-    replaced = trees.replace(
-      variables, {f"params/{path}/kernel": kernel for path, kernel in weights.items()}
-    )
-    if self.lowering == "native":
-      return units.run(self.model.module, replaced, inputs, self.unit.name)
-    with nn.intercept_methods(_convolve_by_patches(self.unit)):
-      return units.run(self.model.module, replaced, inputs, self.unit.name)
+    places = {layer.path: layer.kernel for layer in self.unit.layers}
+    kernels = {places[path]: kernel for path, kernel in weights.items()}
+    old = {path: trees.get(variables, path).dtype for path in kernels}
+    replaced = trees.replace(variables, {p: kernels[p].astype(old[p]) for p in kernels})
+    by_patches = None if self.lowering == "native" else _convolve_by_patches(self.unit)
+    return cut.run(self.model.module, replaced, inputs, self.unit, by_patches)
 
 
 def _convolve_by_patches(unit):
   """Interceptor that runs the unit's Conv layers as patches times a matrix."""
-  layers = {layer.path: layer for layer in unit.layers}
+  layers = {layer.path: layer for layer in unit.layers if layer.kind == "conv" and not layer.also}
 
   def intercept(next_function, args, kwargs, context):
-    layer = layers.get(trees.SEPARATOR.join(context.module.path))
-    if context.method_name != "__call__" or layer is None or layer.kind != "conv":
+    layer = layers.get(trees.join(context.module.path))
+    if context.method_name != "__call__" or layer is None:
       return next_function(*args, **kwargs)
-    parameters = context.module.variables["params"]
+    inputs = args[0] if args else kwargs["inputs"]
+    parameters = jax.tree.map(jnp.asarray, nn.meta.unbox(context.module.variables["params"]))
     matrix = capture.kernel_matrix(parameters["kernel"], layer)
-    product = jnp.einsum("gpd,gdk->pgk", capture.patches(args[0], layer), matrix)
-    outputs = product.reshape(args[0].shape[0], *layer.output_shape)
+    product = jnp.einsum("gpd,gdk->pgk", capture.patches(inputs, layer), matrix)
+    window = len(layer.kernel_shape) - 2
+    outputs = product.reshape(*inputs.shape[: -1 - window], *layer.output_shape[-1 - window :])
     bias = parameters.get("bias")
     return outputs if bias is None else outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
@@ -238,17 +262,16 @@ def _is_layer(model: nn.Module, unit: Unit, variables: Variables, inputs: Array)
 
   def observe(next_function, args, kwargs, context):
     outputs = next_function(*args, **kwargs)
-    if trees.SEPARATOR.join(context.module.path) == unit.layers[0].path:
+    if trees.join(context.module.path) == unit.layers[0].path:
       given.append(outputs)
     return outputs
 
   def run(variables, inputs):
-    outputs = units.run(model, variables, inputs, unit.name)
+    outputs = cut.run(model, variables, inputs, unit, observe)
     same.append(outputs is given[-1])
     return outputs
 
-  with nn.intercept_methods(observe):
-    jax.eval_shape(run, variables, inputs)
+  jax.eval_shape(run, variables, inputs)
   return same[-1]
 
 
@@ -301,39 +324,52 @@ def _problems(site: walk.Site, fitted, layers, active, options: _Options) -> Pro
 
 def _of_unit(variables: Variables, unit: Unit) -> dict:
   """The part of the variables that one unit uses."""
-  return {
-    collection: {unit.name: tree[unit.name]}
-    for collection, tree in variables.items()
-    if unit.name in tree
+  if unit.name == cut.WHOLE_MODEL:
+    return variables
+  inside = {
+    path: leaf
+    for path, leaf in trees.flatten(variables).items()
+    if f"{path}/".startswith(f"{trees.names(path)[0]}/{unit.name}/")
   }
+  return trees.unflatten(inside)
 
 
 def _importance(site: walk.Site, model_index: int, labels) -> Array:
   """Squared gradients of the cross-entropy with respect to a unit's outputs, mean 1."""
-  names = list(site.model.units())
-  rest = tuple(names[names.index(site.unit.name) + 1 :])
+  rest = ()
+  if site.unit.images is None and site.unit.name:
+    names = list(site.model.units())
+    rest = tuple(names[names.index(site.unit.name) + 1 :])
   variables = site.full[model_index]
   outputs = walk.run_unit(site.model, site.unit, variables, site.full_inputs[model_index])
   key = site.keys[list(site.models).index(model_index)]
   own = None if labels is None else jnp.asarray(labels)[model_index]
-  squares = []
-  for index in capture.batches(np.arange(len(outputs)), capture.images_at_once(site.unit.layers)):
+  squares, parts = [], len(outputs) // site.num_images
+  for index in capture.batches(
+    np.arange(site.num_images), capture.images_at_once(site.unit.layers)
+  ):
     chosen = None if own is None else own[index]
+    some = outputs[int(index[0]) * parts : (int(index[-1]) + 1) * parts]
+    images = None if site.unit.images is None else site.images[model_index][index]
     squares.append(
-      _squared_gradient(Hashable(site.model), rest, variables, outputs[index], chosen, key, index)
+      _squared_gradient(
+        Hashable(site.model), site.unit, rest, variables, some, images, chosen, key, index
+      )
     )
   joined = jnp.concatenate(squares)
   return joined / jnp.maximum(jnp.mean(joined), jnp.finfo(joined.dtype).tiny)
 
 
-@functools.partial(conv.jit, static_argnums=(0, 1))
-def _squared_gradient(model, rest, variables, outputs, labels, key, index):
+@functools.partial(conv.jit, static_argnums=(0, 1, 2))
+def _squared_gradient(model, unit, rest, variables, outputs, images, labels, key, index):
   """Per image, the squared gradient of its cross-entropy with respect to a unit's outputs."""
 
   def cross_entropy(outputs, labels):
     logits = outputs
+    if images is not None:
+      logits = cut.logits_from(model.module, variables, outputs, images, unit)
     for name in rest:
-      logits = units.run(model.module, variables, logits, name)
+      logits = cut.run(model.module, variables, logits, name)
     if labels is None:
       draw = jax.vmap(lambda i, row: jax.random.categorical(jax.random.fold_in(key, i), row))
       labels = jax.lax.stop_gradient(draw(index, logits))

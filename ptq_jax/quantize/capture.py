@@ -9,6 +9,7 @@ calibration set (second moments, Hessians) never hold its activations.
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ import numpy as np
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, PyTree, Shaped, Variables
 from ptq_jax.models import conv, parallel, units
-from ptq_jax.models.units import Layer
+from ptq_jax.models.units import Layer, Survey, Unit
+from ptq_jax.quantize import grid, plan
+from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.plan import Plan
 
 COLLECTION = "captured"
 """Name of the Flax collection that carries layer inputs and outputs out of the forward pass."""
@@ -41,38 +45,45 @@ def calls(
   model: nn.Module,
   variables: Variables,
   images: Shaped[Array, "n ..."],
-  paths: Sequence[str],
+  layers: Sequence[Layer],
   *,
-  unit: str = units.WHOLE_MODEL,
-) -> dict[str, Call]:
+  unit: str | Unit = units.WHOLE_MODEL,
+) -> dict[str, tuple[Call, ...]]:
   """Inputs and outputs of some layers in one forward pass of one model.
 
   Args:
-    images: a batch; for a unit of a zoo model, a batch of that unit's inputs.
-    paths: of the layers, all inside the unit.
+    images: a batch; for a unit, a batch of that unit's inputs.
+    layers: all inside the unit.
   Returns:
-    A `Call` per path, in the order of `paths`.
+    Per path, in the order of `layers`, a `Call` for each of the layer's geometries.
   Raises:
-    KeyError: if a path names no layer that runs.
+    ValueError: a layer that does not run, or inside of something that hides it.
   """
-  wanted = set(paths)
+  wanted = {layer.path for layer in layers}
 
-  def sow(next_function, args, kwargs, context):
-    outputs = next_function(*args, **kwargs)
-    path = trees.SEPARATOR.join(context.module.path)
-    if context.method_name == "__call__" and path in wanted:
-      context.module.sow(COLLECTION, "call", (args[0] if args else kwargs["inputs"], outputs))
-    return outputs
+  def sow(module, path, inputs, outputs, options):
+    del options
+    if path in wanted:
+      module.sow(COLLECTION, "call", (inputs, outputs))
 
-  with nn.intercept_methods(sow):
-    if unit == units.WHOLE_MODEL:
-      _, sown = model.apply(variables, images, train=False, mutable=[COLLECTION])
-    else:
-      _, sown = model.apply(
-        variables, images, unit, train=False, method="run_unit", mutable=[COLLECTION]
+  options = {"interceptor": units.observer(sow), "mutable": [COLLECTION]}
+  _, sown = units.run(model, variables, images, unit, **options)
+  found = {}
+  for layer in layers:
+    node = sown.get(COLLECTION, {})
+    for name in trees.names(layer.path):
+      node = node.get(name, {})
+    seen = node.get("call", ())
+    if len(seen) != len(layer.geometries):
+      raise ValueError(
+        f"layer {layer.path!r} shows {len(seen)} of its {len(layer.geometries)} calls; inside a "
+        f"transform such as WeightNorm it cannot be quantized. {KEEP.format(layer.path)}"
       )
-  captured = sown.get(COLLECTION, {})
-  return {path: Call(*trees.get(captured, f"{path}/call")[0]) for path in paths}
+    found[layer.path] = tuple(Call(*one) for one in seen)
+  return found
+
+
+KEEP = 'To keep it in full precision give levels={{"{}": None, "*": ...}}.'
 
 
 def stream(
@@ -89,7 +100,8 @@ def stream(
   Compiled once per function, model, layers and batch shape: pass a module-level function.
 
   Args:
-    function: pure, of a layer and its inputs [n, ...]; returns any pytree of arrays.
+    function: pure, of one geometry of a layer and its inputs [n, ...]; returns any pytree of
+      arrays, which is added up over the calls of a layer that runs more than once.
     variables: of one model.
     batch_size: images at once; None lets the patches of the largest layer fill `batch_bytes()`.
   Yields:
@@ -122,7 +134,7 @@ def images_at_once(layers: Sequence[Layer], *, memory_bytes: int | None = None) 
 
 def patch_size(layer: Layer) -> int:
   """Entries of the patches of one image."""
-  return layer.positions * math.prod(layer.kernel_shape[:-1]) * layer.feature_group_count
+  return max(1, layer.positions) * layer.num_rows * layer.feature_group_count
 
 
 def batches(images: Shaped[ArrayLike, "n ..."], batch_size: int) -> Iterator[Array]:
@@ -134,21 +146,24 @@ def batches(images: Shaped[ArrayLike, "n ..."], batch_size: int) -> Iterator[Arr
 
 
 def patches(
-  inputs: Float[Array, "n ..."], layer: Layer
+  inputs: Shaped[Array, "n ..."], layer: Layer
 ) -> Float[Array, "groups positions window_inputs"]:
   """The rows that a layer multiplies with its kernel: `patches @ kernel_matrix` is its output.
 
   Args:
-    inputs: of the layer, [n, *spatial, channels] or [n, ..., features].
+    inputs: of the layer, [n, *spatial, channels] or [n, ..., features]; of an embedding, integers.
+    layer: with the geometry of this call.
   Returns:
     One matrix per feature group; rows run over images, then output pixels; columns in the order of
     the kernel's axes.
   """
+  if layer.kind == "embed":
+    return jax.nn.one_hot(inputs.reshape(1, -1), layer.num_rows)
   if layer.kind == "dense":
-    return inputs.reshape(1, -1, inputs.shape[-1])
-  pads = ((0, 0), *layer.padding, (0, 0))
-  padded = jnp.pad(inputs, pads)
+    last = range(-len(layer.contracted), 0)
+    return jnp.moveaxis(inputs, layer.contracted, last).reshape(1, -1, layer.num_rows)
   window, groups = layer.kernel_shape[:-2], layer.feature_group_count
+  padded = _padded(inputs.reshape(-1, *inputs.shape[-1 - len(window) :]), layer)
   extents = zip(padded.shape[1:-1], window, layer.kernel_dilation, layer.strides, strict=True)
   sizes = [(size - (k - 1) * d - 1) // s + 1 for size, k, d, s in extents]
   columns = []
@@ -163,34 +178,130 @@ def patches(
   return jnp.moveaxis(rows, 1, 0).reshape(groups, rows.shape[0], -1)
 
 
+def _padded(images, layer):
+  """Images [n, *spatial, channels] with what a convolution puts around and between their pixels."""
+  if layer.padding_mode != "zeros":
+    return jnp.pad(images, ((0, 0), *layer.padding, (0, 0)), mode=layer.padding_mode)
+  gaps = layer.input_dilation or (1,) * len(layer.padding)
+  config = [(*pads, gap - 1) for pads, gap in zip(layer.padding, gaps, strict=True)]
+  return jax.lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+
+
+def output_rows(
+  outputs: Float[Array, "n ..."], layer: Layer
+) -> Float[Array, "groups positions group_outputs"]:
+  """What a layer gave, in the order of `patches @ kernel_matrix`."""
+  moved = jnp.moveaxis(outputs, layer.output_axes, range(-len(layer.output_axes), 0))
+  return jnp.moveaxis(moved.reshape(-1, layer.feature_group_count, _group_columns(layer)), 1, 0)
+
+
+def without_bias(
+  variables: Variables, layer: Layer, outputs: Float[Array, "n ..."]
+) -> Float[Array, "n ..."]:
+  """What a layer gave before its bias was added."""
+  bias = trees.get(variables, f"params/{layer.path}").get("bias")
+  if bias is None:
+    return outputs
+  shape = [1] * outputs.ndim
+  for axis in layer.output_axes:
+    shape[axis] = outputs.shape[axis]
+  return outputs - nn.meta.unbox(bias).reshape(shape)
+
+
 def kernel_matrix(
-  kernel: Float[ArrayLike, "*window inputs outputs"], layer: Layer
-) -> Float[Array, "groups window_inputs group_outputs"]:
-  """A Flax kernel, or anything of its shape, as one matrix per feature group."""
-  groups = layer.feature_group_count
-  matrix = jnp.reshape(kernel, (-1, groups, layer.kernel_shape[-1] // groups))
+  kernel: Shaped[ArrayLike, "..."], layer: Layer
+) -> Shaped[Array, "groups window_inputs group_outputs"]:
+  """A Flax kernel, or anything of its shape, as one matrix per feature group.
+
+  Parts of a grid have one number per output channel: [groups, 1, group_outputs].
+  """
+  moved = jnp.transpose(kernel, layer.axes)
+  matrix = jnp.reshape(moved, (-1, layer.feature_group_count, _group_columns(layer)))
   return jnp.moveaxis(matrix, 1, 0)
 
 
 def matrix_kernel(
   matrix: Shaped[ArrayLike, "groups window_inputs group_outputs"], layer: Layer
-) -> Shaped[Array, "*window inputs outputs"]:
-  """Inverse of `kernel_matrix`."""
-  return jnp.moveaxis(matrix, 0, 1).reshape(layer.kernel_shape)
+) -> Shaped[Array, "..."]:
+  """Inverse of `kernel_matrix`, of parts of a grid too."""
+  whole = layer.kernel_shape if matrix.shape[1] == layer.num_rows else layer.grid_shape
+  moved = jnp.moveaxis(matrix, 0, 1).reshape([whole[axis] for axis in layer.axes])
+  return jnp.transpose(moved, np.argsort(layer.axes))
+
+
+def fit_grid(kernel: Shaped[ArrayLike, "..."], layer: Layer, **options) -> Grid:
+  """`grid.fit` of a kernel, one grid per output channel, broadcastable against the kernel."""
+  plain = layer.axes == tuple(range(kernel.ndim)) and len(layer.outputs) == 1
+  if plain:
+    return grid.fit(kernel, **options)
+  columns = jnp.transpose(kernel, layer.axes).reshape(layer.num_rows, layer.num_columns)
+  fitted = grid.fit(columns, **options)
+  shape = [layer.grid_shape[axis] for axis in layer.axes]
+  scale, zero_point = (
+    jnp.transpose(part.reshape(shape), np.argsort(layer.axes)) for part in fitted[:2]
+  )
+  return Grid(scale, zero_point, fitted.levels)
+
+
+def _group_columns(layer) -> int:
+  return layer.num_columns // layer.feature_group_count
 
 
 def check(
-  model: nn.Module, variables: Variables, images: Shaped[ArrayLike, "M n ..."]
-) -> list[Layer]:
-  """Layers of stacked models, once models and calibration images pass every check.
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "M n ..."],
+  *,
+  plans: Sequence[Plan] | None = None,
+  strict: bool = False,
+) -> Survey:
+  """Layers of stacked models, once models, plans and calibration images pass every check.
+
+  Every layer that some plan quantizes is run once, on one image of the first model, and must give
+  what its rows times its kernel say.
 
   Args:
     variables: stacked, leaves [M, ...].
     images: [M, n, ...], for each model its own.
+    plans: None: all layers are checked.
+    strict: refuse a model with weights that stay in full precision; otherwise they are warned of.
   Raises:
-    ValueError: no image; a model axis that differs; shapes that the model does not take; values
-      that are not finite; layers that cannot be quantized (see `units.layers`).
+    ValueError: no image; a model axis that differs; images in bytes; shapes that the model does not
+      take; values that are not finite; a plan that does not fit; a layer whose output is not its
+      kernel's.
   """
+  _check_images(variables, images)
+  one, example = one_of(variables, images)
+  survey = units.survey(model, one, example)
+  _check_dtype(images.dtype, survey)
+  for chosen in plans or ():
+    plan.check(chosen, survey.layers)
+  flat = trees.flatten(variables)
+  images_finite, *leaves_finite = _finite([images, *flat.values()])
+  if not images_finite:
+    raise ValueError("calibration images hold NaN or infinite values.")
+  for path, finite in zip(flat, leaves_finite, strict=True):
+    if not finite:
+      raise ValueError(f"{path!r} holds NaN or infinite values; was the model trained?")
+  _report_kept(survey.kept, strict)
+  quantized = [
+    layer
+    for layer in survey.layers
+    if plans is None or any(chosen[layer.path] is not None for chosen in plans)
+  ]
+  if quantized:
+    _check_applied(model, trees.take(variables, 0), images[0, :1], quantized)
+  return survey
+
+
+def one_of(variables, images) -> tuple[Variables, jax.ShapeDtypeStruct]:
+  """Shapes of one model and its images, of stacked ones."""
+  one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables)
+  return one, jax.ShapeDtypeStruct(np.shape(images)[1:], images.dtype)
+
+
+def _check_images(variables, images) -> None:
+  """Raises ValueError unless there are images for each model."""
   num_models = trees.length(variables)
   if np.ndim(images) < 2 or np.shape(images)[0] != num_models:
     raise ValueError(
@@ -199,17 +310,69 @@ def check(
     )
   if np.shape(images)[1] == 0:
     raise ValueError("the calibration set is empty; give at least one image per model.")
-  one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables)
-  example = jax.ShapeDtypeStruct(np.shape(images)[1:], images.dtype)
-  layers = units.layers(model, one, example)
-  flat = trees.flatten(variables)
-  images_finite, *leaves_finite = _finite([images, *flat.values()])
-  if not images_finite:
-    raise ValueError("calibration images hold NaN or infinite values.")
-  for path, finite in zip(flat, leaves_finite, strict=True):
-    if not finite:
-      raise ValueError(f"{path!r} holds NaN or infinite values; was the model trained?")
-  return layers
+
+
+def _check_dtype(dtype, survey) -> None:
+  """Raises ValueError for images in bytes; a model with an embedding may read integers."""
+  whole = not jnp.issubdtype(dtype, jnp.floating)
+  if whole and not any(layer.kind == "embed" for layer in survey.layers):
+    raise ValueError(
+      f"calibration images are {dtype}; give them as the model was trained on them, in floating "
+      "point and normalised: data.augment.normalise(images, mean, std)."
+    )
+
+
+def _report_kept(kept, strict) -> None:
+  """Warns of weights that stay in full precision, or refuses them."""
+  if not kept:
+    return
+  each = "; ".join(f"{k.path!r} {list(k.shape)}, {k.reason}" for k in kept)
+  if strict:
+    raise ValueError(f"with strict=True all weights must be quantized, but not {each}.")
+  warnings.warn(f"these weights stay in full precision: {each}.", stacklevel=4)
+
+
+def _check_applied(model, variables, image, layers) -> None:
+  """Raises ValueError for a layer that gives something else than its kernel times its inputs."""
+  if jnp.issubdtype(image.dtype, jnp.floating):  # a black image would show nothing
+    rng = np.random.default_rng(0)
+    spread = 0.1 * (np.std(np.asarray(image, np.float32)) or 1.0)
+    image = image + jnp.asarray(rng.normal(0, spread, image.shape), image.dtype)
+  with jax.default_matmul_precision("highest"):
+    found = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
+  for layer in layers:
+    mismatch, tolerance = found[layer.path]
+    if not mismatch <= tolerance:
+      raise ValueError(
+        f"layer {layer.path!r} does not give its inputs times its kernel plus its bias; they are "
+        f"off by {mismatch:.1e} of the size of the products. A kernel that is changed before it is "
+        f"applied cannot be quantized. {KEEP.format(layer.path)}"
+      )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mismatches(model, layers, variables, image):
+  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed."""
+  captured = calls(model.module, variables, image, layers)
+  found = {}
+  for layer in layers:
+    kernel = trees.get(variables, layer.kernel)
+    errors, sizes = 0.0, 0.0
+    for geometry, one in zip(layer.geometries, captured[layer.path], strict=True):
+      rows, outputs = patches(one.inputs, geometry), one.outputs
+      wide = jnp.promote_types(jnp.promote_types(rows.dtype, kernel.dtype), jnp.float32)
+      matrix, rows = kernel_matrix(kernel.astype(wide), layer), rows.astype(wide)
+      given = output_rows(without_bias(variables, geometry, outputs.astype(wide)), geometry)
+      sizes += jnp.sum((jnp.abs(rows) @ jnp.abs(matrix)) ** 2) + jnp.sum(outputs.astype(wide) ** 2)
+      if given.shape != (*rows.shape[:2], matrix.shape[2]):
+        errors = jnp.inf
+        continue
+      errors += jnp.sum((rows @ matrix - given) ** 2)
+    dtypes = (leaf.dtype for leaf in (kernel, *one) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    coarsest = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    tolerance = 4 * coarsest if coarsest > 1e-4 else 100 * coarsest
+    found[layer.path] = jnp.sqrt(errors / jnp.maximum(sizes, 1e-30)), tolerance
+  return found
 
 
 class Hashable:
@@ -234,8 +397,15 @@ class Hashable:
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))
 def _reduced_calls(function, model, layers, variables, images):
-  captured = calls(model.module, variables, images, [layer.path for layer in layers])
-  return {layer.path: function(layer, captured[layer.path].inputs) for layer in layers}
+  captured = calls(model.module, variables, images, layers)
+  return {layer.path: over_calls(function, layer, captured[layer.path]) for layer in layers}
+
+
+def over_calls(function, layer: Layer, captured: Sequence[Call]) -> PyTree:
+  """`function(geometry, inputs)` added up over the calls of a layer."""
+  pairs = zip(layer.geometries, captured, strict=True)
+  parts = [function(geometry, one.inputs) for geometry, one in pairs]
+  return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
 
 
 @jax.jit

@@ -10,7 +10,6 @@ float32 and a singular Hessian is damped earlier.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -78,10 +77,24 @@ def from_inputs(
   return hessian if feature_group_count > 1 else hessian[0]
 
 
-def moments(layer: Layer, inputs: Float[Array, "n ..."]) -> Float[Array, "groups D D"]:
-  """Sum of x x^T over the patches x of a batch, float32; a function for `capture.stream`."""
-  rows = capture.patches(inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32)), layer)
+def moments(layer: Layer, inputs: Shaped[Array, "n ..."]) -> Float[Array, "groups D D"]:
+  """Sum of x x^T over the patches x of a batch, in float32 at least."""
+  rows = capture.patches(inputs, layer)
+  rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
   return jnp.einsum("gpi,gpj->gij", rows, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+class Counted(NamedTuple):
+  """Sums over some rows of a layer, and how many they are."""
+
+  moments: Float[Array, "groups D D"]
+  rows: Float[Array, ""]
+
+
+def counted_moments(layer: Layer, inputs: Shaped[Array, "n ..."]) -> Counted:
+  """`moments` and the number of rows; a function for `capture.stream`."""
+  rows = jax.eval_shape(functools.partial(capture.patches, layer=layer), inputs).shape[1]
+  return Counted(moments(layer, inputs), jnp.asarray(rows, jnp.float32))
 
 
 def of_layers(
@@ -99,13 +112,14 @@ def of_layers(
   Args:
     variables: stacked, leaves [M, ...]; `images`: each model's own calibration images.
   """
-  num_models, num_images = np.shape(images)[:2]
+  num_models = len(images)
   for some in _groups(layers, memory_bytes // (num_models * accumulator_dtype().itemsize)):
     sums = [
       _sums(model, trees.take(variables, index), images[index], some) for index in range(num_models)
     ]
     for layer in some:
-      yield layer, jnp.stack([one.pop(layer.path) for one in sums]) * (2 / num_images)
+      parts = [one.pop(layer.path) for one in sums]
+      yield layer, jnp.stack([p.moments * (2 * layer.positions / p.rows) for p in parts])
 
 
 def output_error(
@@ -155,7 +169,7 @@ def _groups(layers, max_entries) -> Iterator[list[Layer]]:
   """Runs of consecutive layers whose Hessians have at most `max_entries` together, or one layer."""
   group, entries = [], 0
   for layer in layers:
-    size = math.prod(layer.kernel_shape[:-1]) ** 2 * layer.feature_group_count
+    size = layer.num_rows**2 * layer.feature_group_count
     if group and entries + size > max_entries:
       yield group
       group, entries = [], 0
@@ -163,10 +177,10 @@ def _groups(layers, max_entries) -> Iterator[list[Layer]]:
   yield group
 
 
-def _sums(model, variables, images, layers) -> dict[str, Array]:
-  """Sum of x x^T per layer path, over all images of one model; added up in float64."""
+def _sums(model, variables, images, layers) -> dict[str, Counted]:
+  """Sums of x x^T per layer path, over all images of one model; added up in float64."""
   default, total = jnp.result_type(float), None
-  for part in capture.stream(moments, model, variables, images, layers):
+  for part in capture.stream(counted_moments, model, variables, images, layers):
     with jax.enable_x64(_has_float64()):
       total = _wide(part) if total is None else _add(total, part)
   with jax.enable_x64(_has_float64()):

@@ -51,7 +51,7 @@ def quantize_params(
   """Rounds every kernel of one model to the nearest level.
 
   Args:
-    variables: of a Linen model that runs as `model.apply(variables, images, train=False)`.
+    variables: of a Linen model, see `models.call`.
     images: calibration images; only the errors in the records depend on them.
     levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
     last_layer_levels: of the classifier, when they differ; "full" for full precision.
@@ -75,6 +75,7 @@ def quantize_stacked(
   plans: Sequence[Plan],
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
+  strict: bool = False,
 ) -> tuple[Variables, list[Record]]:
   """Nearest rounding for M models under P plans.
 
@@ -85,9 +86,10 @@ def quantize_stacked(
     plans: levels per layer path, see `plan.make`.
     grid_options: for `grid.fit`.
     memory_bytes: what the Hessians behind the errors may take; None: see `walk`.
+    strict: refuse a model with weights that stay in full precision.
   Returns:
-    Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer with
-    arrays [P, M].
+    Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer, and per
+    weight that stays in full precision, with arrays [P, M].
   Raises:
     ValueError: unsuitable models or images (`capture.check`), plans (`plan.check`) or options.
   """
@@ -100,6 +102,7 @@ def quantize_stacked(
     plans=plans,
     grid_options=grid_options,
     memory_bytes=memory_bytes,
+    strict=strict,
   )
 
 
@@ -112,22 +115,24 @@ def each_layer(
   plans: Sequence[Plan],
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
+  strict: bool = False,
 ) -> tuple[Variables, list[Record]]:
   """Quantizes every layer alone, from the inputs it has in the full-precision network.
 
   Nearest rounding is kept for a model, plan and layer wherever `solve` does not beat it.
   Arguments, results and errors are those of `quantize_stacked`.
   """
-  layers = capture.check(model, variables, images)
-  for chosen in plans:
-    plan.check(chosen, layers)
+  layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
   options = tuple(sorted((grid_options or {}).items()))
   budget = memory_bytes or walk.default_memory_bytes()
   kernels, records = {}, []
+  wanted = [layer for layer in layers if any(chosen[layer.path] is not None for chosen in plans)]
+  found = hessian.of_layers(model, variables, images, wanted, memory_bytes=budget)
   start = time.perf_counter()
-  for layer, hessians in hessian.of_layers(model, variables, images, layers, memory_bytes=budget):
+  for layer in layers:
     levels = [chosen[layer.path] for chosen in plans]
     original = jnp.asarray(trees.get(variables, layer.kernel))
+    hessians = next(found)[1] if layer in wanted else None
     kernels[layer.kernel], before, after, grids = _layer(
       solve, options, layer, original, hessians, levels
     )
@@ -137,6 +142,7 @@ def each_layer(
     records.append(Record(layer.path, before, after, steps, seconds, {layer.path: grids}))
     start = end
   copies = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * len(plans)), variables)
+  records += plan.kept_records(kept, num_plans=len(plans), num_models=len(images))
   return trees.replace(copies, kernels), records
 
 
@@ -154,8 +160,8 @@ def _layer(solve, options, layer, original, hessians, levels):
     scale, zero_point, _ = fitted
     kernels, after = _keep_better(layer, job, solve(job), before)
     kernels = kernels.astype(original.dtype)
-  num_models = len(hessians)
-  zeros = jnp.zeros((num_models, *[1] * (original.ndim - 2), original.shape[-1]))
+  num_models = len(original)
+  zeros = jnp.zeros((num_models, *layer.grid_shape))
   grids = Grid(
     np.asarray(by_plan(scale, zeros + 1)),
     np.asarray(by_plan(zero_point, zeros)),
@@ -168,12 +174,12 @@ def _layer(solve, options, layer, original, hessians, levels):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _round(layer, options, kernels, hessians, counts):
   """The job of one layer, its grids in the kernel's shape [U, M, ...], nearest's error [U, M]."""
-  fit = jax.vmap(lambda kernel, count: grid.fit(kernel, levels=count, **dict(options)), (0, None))
-  fitted = jax.vmap(fit, (None, 0))(kernels, counts)
 
-  def per_group(part):
-    return part.reshape(*part.shape[:2], layer.feature_group_count, 1, -1)
+  def fit(kernel, count):
+    return capture.fit_grid(kernel, layer, levels=count, **dict(options))
 
+  fitted = jax.vmap(jax.vmap(fit, (0, None)), (None, 0))(kernels, counts)
+  per_group = jax.vmap(jax.vmap(functools.partial(capture.kernel_matrix, layer=layer)))
   weights = jax.vmap(lambda kernel: capture.kernel_matrix(kernel, layer))(kernels)
   weights = weights.astype(fitted.scale.dtype)
   grids = Grid(

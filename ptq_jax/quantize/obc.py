@@ -55,7 +55,7 @@ def quantize_params(
   """OBC for one model: every layer alone, from full-precision inputs; biases stay as they are.
 
   Args:
-    variables: of a Linen model that runs as `model.apply(variables, images, train=False)`.
+    variables: of a Linen model, see `models.call`.
     images: calibration images, as the model takes them.
     levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
     last_layer_levels: of the classifier, when they differ; "full" for full precision.
@@ -85,6 +85,7 @@ def quantize_stacked(
   block_size: int | None = None,
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
+  strict: bool = False,
 ) -> tuple[Variables, list[Record]]:
   """OBC for M models under P plans at once.
 
@@ -102,6 +103,7 @@ def quantize_stacked(
     grid_options: for `grid.fit`.
     memory_bytes: what the Hessians, and what the rows eliminated at once, may take; None: a default
       for the platform each. Only a memory knob.
+    strict: refuse a model with weights that stay in full precision.
   Returns:
     Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer with
     arrays [P, M]. Where OBC ended above nearest rounding, that was kept.
@@ -127,6 +129,7 @@ def quantize_stacked(
     plans=plans,
     grid_options=grid_options,
     memory_bytes=memory_bytes,
+    strict=strict,
   )
   if batchnorm != "none":
     changed = [any(count is not None for count in chosen.values()) for chosen in plans]
@@ -272,8 +275,9 @@ def _quantize_rows(block_size, chunks, weights, inverse, owner, grid):
   """Chunk by chunk; the last is filled up with copies of the last row."""
   rows, D = weights.shape
   size = math.ceil(rows / chunks)
-  eliminate = functools.partial(_eliminate, _widths(D, block_size), inverse)
   wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  inverse, grid = jax.tree.map(lambda part: _as(part, wide.dtype), (inverse, grid))
+  eliminate = functools.partial(_eliminate, _widths(D, block_size), inverse)
   inputs = (wide, owner, grid)
   if chunks == 1:
     result = eliminate(*inputs)
@@ -282,6 +286,11 @@ def _quantize_rows(block_size, chunks, weights, inverse, owner, grid):
     chunked = jax.tree.map(lambda part: part[fill], inputs)
     result = jax.lax.map(lambda chunk: eliminate(*chunk), chunked).reshape(-1, D)[:rows]
   return grids.nearest(result, grid).astype(weights.dtype)
+
+
+def _as(part, dtype):
+  """A floating-point array in the dtype that is computed in; anything else as it is."""
+  return part.astype(dtype) if jnp.issubdtype(part.dtype, jnp.floating) else part
 
 
 def _widths(D, block_size):

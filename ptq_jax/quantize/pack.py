@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
   scale: np.ndarray
   """Broadcastable against the kernel, float."""
   zero_point: np.ndarray
-  """As the scale, in the smallest integer type that holds it."""
+  """As the scale, in the smallest integer type that holds it; a float for two levels."""
   levels: int
   shape: tuple[int, ...]
   dtype: str
@@ -53,6 +53,10 @@ class Packed:
   """By path of the kernel in the variables, "params/stem/conv/kernel"."""
   rest: Mapping[str, np.ndarray]
   """Leaves in full precision, by path."""
+  full: tuple[str, ...] = ()
+  """Paths of those among them that are weights: a grid of 0 levels says so."""
+  empty: tuple[str, ...] = ()
+  """Paths of collections without a leaf."""
 
 
 class Size(NamedTuple):
@@ -84,31 +88,42 @@ def pack(variables: Variables, grids_by_layer: Mapping[str, Grid]) -> Packed:
 
   Args:
     variables: of one model, or stacked along leading axes.
-    grids_by_layer: by layer path, "stem/conv"; scale and zero point broadcastable against the
-      kernel, levels one number (or an array of equal ones), 0 for full precision. This is what the
-      `grids` of all records of a method hold, joined.
+    grids_by_layer: by path of the layer, "stem/conv", or of the parameter; scale and zero point
+      broadcastable against the kernel, levels one number (or an array of equal ones), 0 for full
+      precision.
+      This is what the `grids` of all records of a method hold, joined.
   Raises:
     ValueError: a layer that is not there, levels that differ, or a kernel that is not on its grid.
   """
   leaves = trees.flatten(variables)
-  kernels = {}
+  kernels, full = {}, []
   for layer, grid in grids_by_layer.items():
-    path = f"params/{layer}/kernel"
-    if path not in leaves:
-      raise ValueError(f"there is a grid for layer {layer!r}, but no {path!r} in the variables.")
+    path = _parameter(layer, leaves)
     levels = np.unique(np.asarray(grid.levels))
     if len(levels) != 1:
       raise ValueError(f"layer {layer!r} has grids of {levels.tolist()} levels; pack them apart.")
     if levels[0]:
       kernels[path] = _pack_kernel(path, leaves[path], grid._replace(levels=int(levels[0])))
+    else:
+      full.append(path)
   rest = {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in kernels}
-  return Packed(kernels, rest)
+  return Packed(kernels, rest, tuple(full), tuple(trees.empty(variables)))
+
+
+def _parameter(layer, leaves) -> str:
+  """Path of a layer's weights, or of a parameter, in the variables."""
+  places = [f"params/{layer}/kernel", f"params/{layer}/embedding", f"params/{layer}"]
+  for path in places:
+    if path in leaves:
+      return path
+  raise ValueError(f"there is a grid for layer {layer!r}, but no {places[0]!r} in the variables.")
 
 
 def unpack(packed: Packed) -> Variables:
-  """The variables that were packed, bit by bit, as JAX arrays."""
+  """The variables that were packed, bit by bit, as nested dicts of JAX arrays."""
   kernels = {path: _unpack_kernel(kernel) for path, kernel in packed.kernels.items()}
-  return trees.unflatten(kernels | {path: jnp.asarray(leaf) for path, leaf in packed.rest.items()})
+  rest = {path: jnp.asarray(leaf) for path, leaf in packed.rest.items()}
+  return trees.unflatten(kernels | rest | {path: {} for path in packed.empty})
 
 
 def split(packed: Packed, belongs: Callable[[str], bool]) -> tuple[Packed, Packed]:
@@ -117,7 +132,7 @@ def split(packed: Packed, belongs: Callable[[str], bool]) -> tuple[Packed, Packe
   def part(wanted):
     kernels = {path: k for path, k in packed.kernels.items() if belongs(path) == wanted}
     rest = {path: leaf for path, leaf in packed.rest.items() if belongs(path) == wanted}
-    return Packed(kernels, rest)
+    return Packed(kernels, rest, tuple(path for path in packed.full if path in rest))
 
   return part(wanted=True), part(wanted=False)
 
@@ -130,7 +145,11 @@ def same(first: Packed, second: Packed) -> bool:
 
 def size(packed: Packed) -> Size:
   """True bytes, without the few of the file format."""
-  full = [leaf for path, leaf in packed.rest.items() if path.endswith("/kernel")]
+  full = [
+    leaf
+    for path, leaf in packed.rest.items()
+    if path in packed.full or path.endswith(("/kernel", "/embedding"))
+  ]
   kernels = packed.kernels.values()
   return Size(
     codes=sum(kernel.codes.nbytes for kernel in kernels),
@@ -170,6 +189,7 @@ def load(path: pathlib.Path | str) -> Packed:
 def to_arrays(packed: Packed) -> dict[str, np.ndarray]:
   """Packed variables as named plain arrays, for an .npz file of one's own."""
   arrays, index = {}, {"format": FORMAT, "kernels": {}, "rest": {}}
+  index |= {"full": packed.full, "empty": packed.empty}
   for path, kernel in packed.kernels.items():
     arrays |= {f"{path}:{name}": getattr(kernel, name) for name in ("codes", "scale", "zero_point")}
     index["kernels"][path] = {name: getattr(kernel, name) for name in ("levels", "shape", "dtype")}
@@ -206,7 +226,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Packed:
   for path, kernel in kernels.items():
     if len(kernel.codes) != num_code_bytes(math.prod(kernel.shape), levels=kernel.levels):
       raise ValueError(f"the codes of {path!r} have {len(kernel.codes)} bytes, which do not fit.")
-  return Packed(kernels, rest)
+  return Packed(kernels, rest, tuple(index.get("full", ())), tuple(index.get("empty", ())))
 
 
 def num_code_bytes(num_weights: int, *, levels: int) -> int:
@@ -268,13 +288,13 @@ def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
   """Codes of one kernel."""
   codes = np.asarray(grids.codes(weights, grid))
   weights, zero_point = np.asarray(weights), np.asarray(grid.zero_point)
-  integer = np.result_type(
-    *(np.min_scalar_type(int(end)) for end in (zero_point.min(), zero_point.max()))
-  )
+  if (zero_point == np.round(zero_point)).all():
+    ends = zero_point.min(), zero_point.max()
+    zero_point = zero_point.astype(np.result_type(*(np.min_scalar_type(int(e)) for e in ends)))
   kernel = Kernel(
     to_bytes(codes, levels=grid.levels),
     np.asarray(grid.scale),
-    zero_point.astype(integer),
+    zero_point,
     grid.levels,
     weights.shape,
     str(weights.dtype),

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ptq_jax.base import ArrayLike, Float, Int
-from ptq_jax.models.units import Layer
+from ptq_jax.models.units import Kept, Layer
 from ptq_jax.quantize import grid
 from ptq_jax.quantize.grid import Grid
 
@@ -95,19 +95,34 @@ def resolve(
   levels: Levels | Mapping[str, Levels],
   last_layer_levels: int | Literal["full"] | None = None,
 ) -> Plan:
-  """The plan that a caller's `levels` mean: one number for all layers, or a plan already.
+  """The plan that a caller's `levels` mean: one number for all layers, or levels by path.
+
+  Paths may be patterns (`fnmatch`), of which the first that matches counts:
+  `{"head/*": 16, "*": 3}`.
 
   Raises:
     ValueError: a plan that misses a layer or names one that is not there; see `make`.
   """
   if not isinstance(levels, Mapping):
     return make(layers, levels=levels, last_layer_levels=last_layer_levels)
-  plan = dict(levels)
+  plan = _matched(levels, layers)
   check(plan, layers)
   if last_layer_levels is not None:
     plan[layers[-1].path] = None if last_layer_levels == FULL else last_layer_levels
     check(plan, layers)
   return plan
+
+
+def _matched(levels, layers) -> Plan:
+  """Levels of every layer by the first of the patterns that matches its path."""
+  paths = [layer.path for layer in layers]
+  plan: Plan = {}
+  for pattern, chosen in levels.items():
+    matches = [path for path in paths if path == pattern or fnmatch.fnmatchcase(path, pattern)]
+    if not matches:
+      raise ValueError(f"plan and layers differ at {pattern!r}; the layers are {paths}.")
+    plan = dict.fromkeys(matches, chosen) | plan
+  return {path: plan[path] for path in paths if path in plan}
 
 
 def check(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> None:
@@ -121,8 +136,25 @@ def check(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> None:
       grid.check_levels(chosen)
 
 
-def bits_per_weight(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> float:
-  """log2(levels), weighted by the layers' numbers of weights; full precision counts 32 bits."""
+def kept_records(kept: Sequence[Kept], *, num_plans: int, num_models: int) -> list[Record]:
+  """Records of weights that stay in full precision: no error, levels 0."""
+  shape = (num_plans, num_models)
+  nothing, none = np.zeros(shape), np.zeros(shape, int)
+  return [
+    Record(one.path, nothing, nothing, none, nothing, {one.path: Grid(nothing + 1, nothing, none)})
+    for one in kept
+  ]
+
+
+def bits_per_weight(
+  plan: Mapping[str, Levels], layers: Sequence[Layer], kept: Sequence[Kept] = ()
+) -> float:
+  """log2(levels), weighted by the layers' numbers of weights; full precision counts 32 bits.
+
+  Args:
+    kept: weights that are no layer's and stay in full precision, see `units.survey`.
+  """
   sizes = [math.prod(layer.kernel_shape) for layer in layers]
+  sizes += [math.prod(one.shape) for one in kept]
   bits = [32.0 if plan[layer.path] is None else math.log2(plan[layer.path]) for layer in layers]
-  return float(np.average(bits, weights=sizes))
+  return float(np.average(bits + [32.0] * len(kept), weights=sizes))

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ptq_jax.base import Array, Float, Int
+from ptq_jax.base import Array, Float, Int, Shaped
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, reconstruct, rounding
-from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.grid import Grid, in_steps
 from ptq_jax.quantize.reconstruct import Schedule
 
 POLISH_BLOCK = 32  # coordinates between two updates of the whole gradient
@@ -60,9 +60,9 @@ class _State(NamedTuple):
 
 
 def moments(
-  inputs: Float[Array, "n ..."],
+  inputs: Shaped[Array, "n ..."],
   outputs: Float[Array, "n ..."],
-  kernel: Float[Array, "*window inputs outputs"],
+  kernel: Float[Array, "..."],
   layer: Layer,
 ) -> Moments:
   """The quadratic objective of one layer from a batch of the calibration set.
@@ -74,11 +74,11 @@ def moments(
   Returns:
     Moments of this batch; the mean over batches, weighted by their images, is that of the set.
   """
-  rows = capture.patches(inputs.astype(jnp.float32), layer)
-  targets = outputs.astype(jnp.float32).reshape(rows.shape[1], rows.shape[0], -1)
-  matrix = capture.kernel_matrix(kernel.astype(jnp.float32), layer)
+  wide = jnp.promote_types(kernel.dtype, jnp.float32)
+  rows = capture.patches(inputs, layer).astype(wide)
+  matrix = capture.kernel_matrix(kernel.astype(wide), layer)
   multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-  rest = jnp.moveaxis(targets, 1, 0) - multiply("gpd,gdk->gpk", rows, matrix)
+  rest = capture.output_rows(outputs, layer).astype(wide) - multiply("gpd,gdk->gpk", rows, matrix)
   num_rows = rows.shape[1]
   return Moments(
     multiply("gpd,gpe->gde", rows, rows) / num_rows,
@@ -167,7 +167,8 @@ def polish(
   do not interact) until a sweep turns nothing or `sweeps` are done. The error never rises. Within
   a block of rows only the block's gradient is kept current; the rest follows as one product.
   """
-  floor = jnp.floor(weights / grid.scale) + grid.zero_point
+  steps, first = in_steps(weights, grid)
+  floor = jnp.floor(steps) + first
   low, high = (jnp.clip(steps, 0, grid.levels - 1) for steps in (floor, floor + 1))
   jump = (high - low) * grid.scale
   rounded = codes.astype(weights.dtype)
@@ -200,7 +201,7 @@ def _descend(up, jump, change, moments, sweeps):
     up, change, slope = carry
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=b * block, slice_size=block)
     band = cut(gram, axis=1)
-    inner = (cut(up, axis=1), cut(slope, axis=1), jnp.zeros((groups, block, columns)))
+    inner = (cut(up, axis=1), cut(slope, axis=1), jnp.zeros((groups, block, columns), change.dtype))
     turned, _, moved, _, _ = jax.lax.fori_loop(
       0, block, turn, (*inner, cut(jump, axis=1), cut(band, axis=2))
     )

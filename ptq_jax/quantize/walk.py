@@ -13,7 +13,7 @@ branch's numbers free of its neighbours; optimisation loops run stacked.
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,8 +24,8 @@ import numpy as np
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
 from ptq_jax.models import conv, units
-from ptq_jax.models.units import Layer, Unit
-from ptq_jax.quantize import capture, grid, plan
+from ptq_jax.models.units import Kept, Layer, Unit
+from ptq_jax.quantize import capture, plan
 from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Plan, Record
@@ -69,6 +69,13 @@ class Site(NamedTuple):
   """Variables quantized so far, per branch; methods replace kernels here."""
   quantized_inputs: Sequence[Array]
   """Unit inputs of the network quantized so far, per branch."""
+  images: Mapping[int, Array] | None = None
+  """Calibration images per model, which a unit that is a submodule needs beside its inputs."""
+
+  @property
+  def num_images(self) -> int:
+    """Of one model."""
+    return len(self.quantized_inputs[0]) // self.unit.parts
 
 
 class Outcome(NamedTuple):
@@ -96,6 +103,8 @@ def quantize_stacked(
   images: Shaped[ArrayLike, "M n ..."],
   *,
   plans: Sequence[Plan],
+  chain: Sequence[Unit],
+  kept: Sequence[Kept],
   pair_bytes: int,
   memory_bytes: int | None = None,
 ) -> tuple[Variables, list[Record]]:
@@ -103,13 +112,14 @@ def quantize_stacked(
 
   Args:
     variables: stacked [M, ...]. `images`: [M, n, ...].
+    chain: units of the model, see `units.chain`.
+    kept: weights that stay in full precision, for their records.
     pair_bytes: what one pair takes in memory at its largest unit.
     memory_bytes: what a chunk of pairs may take; None: `default_memory_bytes()`. When memory runs
       out all the same, the chunk is halved, with a warning.
   Returns:
     Variables [P, M, ...] and one record per outcome, arrays [P, M].
   """
-  chain = units.chain(model, *_one(variables, images))
   pairs = [Pair(p, m) for m in range(trees.length(variables)) for p in range(len(plans))]
   budget = default_memory_bytes() if memory_bytes is None else memory_bytes
   size = int(np.clip(budget // pair_bytes, 1, len(pairs)))
@@ -130,7 +140,9 @@ def quantize_stacked(
       continue
     results += done
     outcomes.append(notes)
-  return _by_plan(results, plans), _records(outcomes, plans)
+  records = _records(outcomes, plans)
+  records += plan.kept_records(kept, num_plans=len(plans), num_models=len(images))
+  return _by_plan(results, plans), records
 
 
 def default_memory_bytes() -> int:
@@ -161,7 +173,7 @@ def fit_grids(
   """
   kernels = stack([trees.get(site.full[m], layer.kernel) for m in site.models])
   levels = site.levels[layer.path]
-  fit = jax.vmap(lambda kernel, count: grid.fit(kernel, levels=count, **options))
+  fit = jax.vmap(lambda kernel, count: capture.fit_grid(kernel, layer, levels=count, **options))
   return kernels, fit(kernels, jnp.asarray(np.where(levels > 0, levels, 256))), levels
 
 
@@ -199,7 +211,7 @@ def one_model(
 ) -> tuple[Variables, list[Record]]:
   """Runs a method's `quantize_stacked` for one model and plan; results have no axes [P, M]."""
   stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
-  layers = capture.check(model, stacked, images)
+  layers = units.layers(model, *capture.one_of(stacked, images))
   chosen = plan.resolve(layers, levels, last_layer_levels)
   quantized, records = quantize_stacked(
     key[None], model, stacked, images, plans=[chosen], **options
@@ -211,12 +223,6 @@ def one_model(
   return first(quantized), [Record(record.name, *first(record[1:])) for record in records]
 
 
-def _one(variables, images):
-  """Shapes of one model and its images."""
-  one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables)
-  return one, jax.ShapeDtypeStruct(np.shape(images)[1:], images.dtype)
-
-
 def _even(remaining: int, size: int) -> int:
   """The next chunk's size when the rest is cut into chunks of nearly equal size."""
   return -(-remaining // -(-remaining // size))
@@ -225,15 +231,21 @@ def _even(remaining: int, size: int) -> int:
 def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
   """Quantized variables per pair of the chunk, and the outcomes of its units over the pairs."""
   full = {m: trees.take(variables, m) for m in sorted({pair.model for pair in chunk})}
-  full_inputs = {m: jnp.asarray(images[m]) for m in full}
+  start = {m: jnp.asarray(images[m]) for m in full}
+  full_inputs = start
   branches = [
-    Branch(tuple(i for i, pair in enumerate(chunk) if pair.model == m), m, full[m], full_inputs[m])
+    Branch(tuple(i for i, pair in enumerate(chunk) if pair.model == m), m, full[m], start[m])
     for m in full
   ]
   outcomes = []
   for index, unit in enumerate(chain):
     branches = [part for branch in branches for part in _split(branch, unit, chunk, plans)]
     models = [branch.model for branch in branches]
+    if unit.images is not None:  # a submodule: what it gets is found by a pass from the images
+      full_inputs = {m: unit_inputs(model, unit, full[m], start[m]) for m in full}
+      branches = [
+        b._replace(inputs=unit_inputs(model, unit, b.variables, start[b.model])) for b in branches
+      ]
     site = Site(
       model,
       unit,
@@ -244,10 +256,11 @@ def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
       full_inputs,
       [branch.variables for branch in branches],
       [branch.inputs for branch in branches],
+      start,
     )
     outcomes += [_per_pair(outcome, branches) for outcome in method(site)]
     branches = [b._replace(variables=v) for b, v in zip(branches, site.quantized, strict=True)]
-    if index + 1 < len(chain):
+    if unit.images is None and index + 1 < len(chain):
       full_inputs = {m: run_unit(model, unit, full[m], x) for m, x in full_inputs.items()}
       branches = [b._replace(inputs=run_unit(model, unit, b.variables, b.inputs)) for b in branches]
   by_pair = {pair: branch.variables for branch in branches for pair in branch.pairs}
@@ -281,15 +294,34 @@ def run_unit(model: nn.Module, unit: Unit, variables: Variables, inputs: Array) 
   """A unit's outputs on all images, in batches."""
   size = capture.images_at_once(unit.layers) if unit.layers else len(inputs)
   outputs = [
-    _run_unit(Hashable(model), unit.name, variables, batch)
-    for batch in capture.batches(inputs, size)
+    _run_unit(Hashable(model), unit, variables, batch) for batch in unit_batches(inputs, unit, size)
   ]
   return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
+def unit_inputs(model: nn.Module, unit: Unit, variables: Variables, images: Array) -> Array:
+  """What a submodule gets on all images, in batches."""
+  size = capture.images_at_once(unit.layers) if unit.layers else len(images)
+  parts = [
+    _unit_inputs(Hashable(model), unit, variables, batch) for batch in capture.batches(images, size)
+  ]
+  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def unit_batches(inputs: Array, unit: Unit, num_images: int) -> Iterator[Array]:
+  """Batches of a unit's inputs, of whole images, at most `num_images` of them."""
+  for index in capture.batches(np.arange(len(inputs) // unit.parts), num_images):
+    yield inputs[index[0] * unit.parts : (index[-1] + 1) * unit.parts]
+
+
 @functools.partial(conv.jit, static_argnums=(0, 1))
-def _run_unit(model, name, variables, inputs):
-  return units.run(model.module, variables, inputs, name)
+def _run_unit(model, unit, variables, inputs):
+  return units.run(model.module, variables, inputs, unit)
+
+
+@functools.partial(conv.jit, static_argnums=(0, 1))
+def _unit_inputs(model, unit, variables, images):
+  return units.inputs_of(model.module, variables, images, unit)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

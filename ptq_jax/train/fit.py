@@ -10,6 +10,7 @@ import optax
 
 from ptq_jax.base import Array, Float, Int, Key, UInt8, Variables
 from ptq_jax.data import augment, batches
+from ptq_jax.models import call
 from ptq_jax.train import loss
 
 
@@ -42,22 +43,23 @@ class Metrics(NamedTuple):
 
 
 class ModelKeys(NamedTuple):
-  """The three streams of randomness of one model."""
+  """The streams of randomness of one model."""
 
   init: Key
   shuffle: Key  # folded with the epoch
   augment: Key  # folded with the step
+  forward: Key  # dropout and the like; folded with the step
 
 
 def keys(model_key: Key) -> ModelKeys:
   """Streams of one model from its key, `fold_in(key, model_id)`."""
-  return ModelKeys(*(jax.random.fold_in(model_key, stream) for stream in range(3)))
+  return ModelKeys(*(jax.random.fold_in(model_key, stream) for stream in range(4)))
 
 
 def init(model_key: Key, recipe: Recipe, *, image_shape: tuple[int, int, int]) -> State:
   """Fresh parameters and optimizer state of one model for images [H, W, c]."""
   images = jnp.zeros((1, *image_shape), jnp.float32)
-  variables = recipe.model.init(keys(model_key).init, images)
+  variables = call.init(recipe.model, keys(model_key).init, images)
   return State(variables, recipe.optimizer.init(variables["params"]), jnp.int32(0))
 
 
@@ -83,9 +85,12 @@ def step(
   params = state.variables["params"]
   statistics = {name: tree for name, tree in state.variables.items() if name != "params"}
 
+  noise = call.rngs(jax.random.fold_in(keys(model_key).forward, state.step))
+
   def objective(params):
-    logits, updates = recipe.model.apply(
-      {"params": params, **statistics}, pixels, train=True, mutable=list(statistics)
+    whole = {"params": params, **statistics}
+    logits, updates = call.apply(
+      recipe.model, whole, pixels, train=True, mutable=list(statistics), rngs=noise
     )
     value = loss.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     return value, (updates, loss.accuracy(logits, labels))

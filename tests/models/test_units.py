@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptq_jax import trees
 from ptq_jax.models import convnet, resnet, units
 
 IMAGES = jnp.zeros((2, 8, 8, 3))
@@ -81,68 +82,194 @@ def test_chain_holds_every_layer_once_and_runs_unit_by_unit(model):
   np.testing.assert_allclose(x, jax.jit(model.apply)(variables, images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_without_units_is_one_unit():
-  model = Branched()
-  variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
-  (unit,) = units.chain(model, variables, IMAGES)
-  assert unit.name == units.WHOLE_MODEL
-  assert len(unit.layers) == 5
-  logits = units.run(model, variables, IMAGES, unit.name)
-  assert jnp.array_equal(logits, model.apply(variables, IMAGES))
-
-
 class Shared(nn.Module):
   @nn.compact
   def __call__(self, images, train: bool = False):
     layer = nn.Conv(3, (3, 3), name="twice")
-    return layer(layer(images))
+    return layer(layer(images)[:, ::2])
+
+
+class Step(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.Conv(3, (3, 3), name="inside")(x), None
 
 
 class Scanned(nn.Module):
   @nn.compact
   def __call__(self, images, train: bool = False):
-    body = nn.scan(
-      lambda module, x, _: (nn.Conv(3, (3, 3), name="inside")(x), None),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=2,
-    )
-    return body(self, images, None)[0]
+    body = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    return nn.Dense(2, name="head")(body(name="body")(images, None)[0])
 
 
-class Standardized(nn.Conv):
+class Attentive(nn.Module):
+  """Patches, a position, attention, a transposed convolution, a table and an Einsum."""
+
   @nn.compact
-  def __call__(self, inputs):
-    return super().__call__(inputs - inputs.mean())
+  def __call__(self, images, train: bool = False):
+    x = nn.Conv(8, (4, 4), strides=4, name="patch")(images)
+    x = x.reshape(x.shape[0], -1, 8)
+    x = x + self.param("position", nn.initializers.normal(), (1, x.shape[1], 8))
+    x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(2, name="attention")(x, x))
+    x = nn.ConvTranspose(3, (2,), strides=2, name="up")(x)
+    x = x + nn.Embed(5, 3, name="table")(jnp.arange(x.shape[1]) % 5)[None]
+    x = nn.Einsum((3, 2, 4), "btd,dhk->bthk", name="einsum")(x)
+    return nn.DenseGeneral(4, axis=(-2, -1), name="merge")(x).mean(1)
+
+
+def test_every_kind_is_a_matrix():
+  survey = units.survey(Attentive(), shapes(Attentive()), IMAGES)
+  found = {
+    layer.path: (layer.kind, layer.num_rows, layer.num_columns, layer.positions)
+    for layer in survey.layers
+  }
+  projection = ("dense", 8, 8, 4)
+  assert found == {
+    "patch": ("conv", 48, 8, 4),
+    **{f"attention/{name}": projection for name in ("query", "key", "value", "out")},
+    "up": ("conv", 16, 3, 8),
+    "table": ("embed", 5, 3, 1),
+    "einsum": ("dense", 3, 8, 8),
+    "merge": ("dense", 8, 4, 8),
+  }
+  layers = {layer.path: layer for layer in survey.layers}
+  assert layers["attention/out"].contracted == (2, 3)
+  assert layers["attention/query"].grid_shape == (1, 2, 4)
+  assert layers["table"].kernel == "params/table/embedding"
+  assert not layers["table"].by_image
+  assert [kept[:2] for kept in survey.kept] == [("position", (1, 4, 8))]
+  assert "a parameter of Attentive" in survey.kept[0].reason
+
+
+def test_a_layer_that_runs_twice_is_one_layer_with_two_geometries():
+  (layer,) = found(Shared())
+  assert [one.input_shape for one in layer.geometries] == [(8, 8, 3), (4, 8, 3)]
+  assert layer.positions == 8 * 8 + 4 * 8
 
 
 @pytest.mark.parametrize(
-  ("model", "message"),
+  ("layer", "options", "reason"),
   [
-    (single(nn.ConvTranspose, features=3, kernel_size=(2, 2)), "'odd' is a ConvTranspose"),
-    (single(nn.DenseGeneral, features=(2, 2)), "'odd' is a DenseGeneral"),
-    (single(nn.ConvLocal, features=3, kernel_size=(2, 2)), "'odd' is a ConvLocal"),
-    (single(Standardized, features=3, kernel_size=(2, 2)), "'odd' is a Standardized"),
-    (single(nn.Conv, features=3, kernel_size=(2, 2), padding="CIRCULAR"), "CIRCULAR padding"),
-    (single(nn.Conv, features=3, kernel_size=(2, 2), padding=1, input_dilation=2), "dilated input"),
-    (Shared(), "'twice' runs more than once"),
-    (Scanned(), "'inside' is a lifted"),
-    (single(nn.GroupNorm, num_groups=3), "no Conv or Dense layer"),
+    (nn.ConvLocal, {"features": 3, "kernel_size": (2, 2)}, "a parameter of ConvLocal"),
+    (nn.Conv, {"features": 3, "kernel_size": (2, 2), "mask": jnp.ones((2, 2, 3, 3))}, "a mask"),
+    (nn.ConvTranspose, {"features": 3, "kernel_size": (2, 2), "transpose_kernel": True}, "transp"),
+    (nn.Einsum, {"shape": (8, 3), "einsum_str": "nhwc,hd->nwd"}, "no product of a matrix"),
   ],
 )
-def test_unsupported_layers_are_named(model, message):
-  with pytest.raises(ValueError, match=message):
-    found(model)
+def test_what_is_no_matrix_is_kept_by_name(layer, options, reason):
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      x = layer(name="odd", **options)(nn.Conv(3, (1, 1), name="plain")(images))
+      return nn.Dense(2, name="head")(x)
+
+  survey = units.survey(Model(), shapes(Model()), IMAGES)
+  assert [layer.path for layer in survey.layers] == ["plain", "head"]
+  assert [kept.path for kept in survey.kept] == ["odd/kernel"]
+  assert reason in survey.kept[0].reason
 
 
-def test_an_embedding_is_named():
-  class Words(nn.Module):
+def test_a_scanned_layer_is_kept():
+  survey = units.survey(Scanned(), shapes(Scanned()), IMAGES)
+  assert [layer.path for layer in survey.layers] == ["head"]
+  assert [kept.path for kept in survey.kept] == ["body/inside/kernel"]
+  assert "scanned" in survey.kept[0].reason
+
+
+def test_a_table_that_is_also_an_output_layer_is_kept():
+  class Tied(nn.Module):
     @nn.compact
     def __call__(self, tokens, train: bool = False):
-      return nn.Dense(3)(nn.Embed(7, 4, name="table")(tokens))
+      table = nn.Embed(7, 4, name="table")
+      return table.attend(nn.Dense(4, name="dense")(table(tokens)))
 
-  with pytest.raises(ValueError, match="'table' is a Embed"):
-    found(Words(), jnp.zeros((2, 5), jnp.int32))
+  tokens = jnp.zeros((2, 5), jnp.int32)
+  survey = units.survey(Tied(), shapes(Tied(), tokens), tokens)
+  assert [layer.path for layer in survey.layers] == ["dense"]
+  assert survey.kept[0].path == "table/embedding"
+  assert "attend" in survey.kept[0].reason
+
+
+def test_a_model_without_layers_is_refused():
+  with pytest.raises(ValueError, match="no layer that can be quantized"):
+    found(single(nn.GroupNorm, num_groups=3))
+
+
+def test_boxed_parameters_are_parameters():
+  boxed = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+  (layer,) = found(single(nn.Dense, features=4, kernel_init=boxed))
+  assert (layer.path, layer.kernel_shape) == ("odd", (3, 4))
+
+
+def test_names_with_slashes_are_told_apart():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      return nn.Dense(2, name="a/b")(images)
+
+  (layer,) = found(Model())
+  assert (layer.path, layer.kernel) == ("a~1b", "params/a~1b/kernel")
+
+
+class Blocks(nn.Module):
+  """No names of units; a stem, two blocks with an argument of their own, and a head."""
+
+  @nn.compact
+  def __call__(self, images, train: bool = False):
+    x = nn.relu(nn.Conv(4, (3, 3), name="stem")(images))
+    for index in range(2):
+      x = x + Block(name=f"block_{index}")(x, train)
+    return nn.Dense(3, name="head")(x.mean(axis=(1, 2)))
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Conv(4, (3, 3), name="second")(nn.relu(nn.Conv(4, (3, 3), name="first")(x)))
+
+
+@pytest.mark.parametrize(
+  ("given", "names"),
+  [
+    (None, ["stem", "block_0", "block_1", "head"]),
+    (("block_*",), ["stem", "block_0", "block_1", "head"]),
+    (("block_1/first",), ["stem", "block_0/first", "block_0/second"]),
+  ],
+)
+def test_submodules_are_units_that_run_alone(given, names):
+  model, images = Blocks(), jnp.cos(jnp.arange(2 * 8 * 8 * 3.0)).reshape(2, 8, 8, 3)
+  variables = model.init(jax.random.key(0), images)
+  chain = units.chain(model, variables, images, units=given)
+  assert [unit.name for unit in chain][: len(names)] == names
+  assert [layer for unit in chain for layer in unit.layers] == found(model, images)
+
+  def all_outputs(_, *names):
+    return isinstance(names[0], str)
+
+  _, state = model.apply(variables, images, capture_intermediates=all_outputs)
+  for unit in chain:
+    inputs = units.inputs_of(model, variables, images, unit)
+    alone = jax.jit(units.run, static_argnums=(0, 3))(model, variables, inputs, unit)
+    expected = trees.get(state["intermediates"], f"{unit.name}/__call__")[0]
+    np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-6)
+    logits = units.logits_from(model, variables, expected, images, unit)
+    np.testing.assert_allclose(logits, model.apply(variables, images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_that_runs_twice_makes_the_model_one_unit():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      block = Block(name="block")
+      x = nn.Conv(4, (1, 1), name="stem")(images)
+      return nn.Dense(2, name="head")(block(block(x, train), train).mean((1, 2)))
+
+  (unit,) = units.chain(Model(), shapes(Model()), IMAGES)
+  assert (unit.name, len(unit.layers)) == (units.WHOLE_MODEL, 4)
+  with pytest.raises(ValueError, match="'block' cannot be a unit of its own: it runs more than"):
+    units.chain(Model(), shapes(Model()), IMAGES, units=("block",))
+  with pytest.raises(ValueError, match=r"unit 'tail' matches no module; there are \['stem'"):
+    units.chain(Model(), shapes(Model()), IMAGES, units=("tail",))
 
 
 @pytest.mark.parametrize(

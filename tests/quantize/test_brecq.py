@@ -175,11 +175,6 @@ def test_how_units_run():
   assert brecq._execution(block, "gpu") == ("native", brecq.BRANCHES_AT_ONCE, 50)
 
 
-def test_a_model_without_units_is_refused(foreign):
-  with pytest.raises(ValueError, match="Foreign names no units; BRECQ needs methods units"):
-    brecq.quantize_stacked(foreign.keys, foreign.model, foreign.variables, foreign.images, plans=[])
-
-
 def test_unknown_loss(digits):
   with pytest.raises(ValueError, match='loss must be "mse" or "fisher", got \'l1\''):
     brecq.quantize_stacked(

@@ -26,18 +26,16 @@ def gram(layer, inputs):
 
 def test_patches_times_kernel_is_the_layer(foreign):
   model, variables, images, layers = parts(foreign)
-  calls = jax.jit(lambda v, x: capture.calls(model, v, x, [layer.path for layer in layers]))(
-    variables, images
-  )
+  calls = jax.jit(lambda v, x: capture.calls(model, v, x, layers))(variables, images)
   assert set(calls) == {"down", "grouped", "pointwise", "classifier"}
   for layer in layers:
     kernel = trees.get(variables, layer.kernel)
     matrix = capture.kernel_matrix(kernel, layer)
     np.testing.assert_array_equal(capture.matrix_kernel(matrix, layer), kernel)
-    rows = capture.patches(calls[layer.path].inputs, layer)
+    rows = capture.patches(calls[layer.path][0].inputs, layer)
     product = jnp.moveaxis(rows @ matrix, 0, 1).reshape(len(images), *layer.output_shape)
     bias = trees.get(variables, f"params/{layer.path}").get("bias", 0.0)
-    expected = np.asarray(calls[layer.path].outputs) - np.asarray(bias)
+    expected = np.asarray(calls[layer.path][0].outputs) - np.asarray(bias)
     np.testing.assert_allclose(product, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -53,17 +51,18 @@ def test_a_unit_alone_captures_what_the_whole_model_does(digits):
   model, variables, images, _ = parts(digits)
   x = images[:8]
   for unit in units.chain(model, variables, images):
-    paths = [layer.path for layer in unit.layers]
-    alone = capture.calls(model, variables, x, paths, unit=unit.name)
-    whole = capture.calls(model, variables, images[:8], paths)
-    for path in paths:
-      np.testing.assert_allclose(alone[path].inputs, whole[path].inputs, rtol=1e-4, atol=1e-5)
+    alone = capture.calls(model, variables, x, unit.layers, unit=unit)
+    whole = capture.calls(model, variables, images[:8], unit.layers)
+    for path, (one,) in alone.items():
+      np.testing.assert_allclose(one.inputs, whole[path][0].inputs, rtol=1e-4, atol=1e-5)
     x = units.run(model, variables, x, unit.name)
 
 
 def test_vmap_over_models_is_the_loop(foreign):
+  layers = parts(foreign)[3]
+
   def inputs(variables, images):
-    return capture.calls(foreign.model, variables, images, ["pointwise"])["pointwise"].inputs
+    return capture.calls(foreign.model, variables, images, layers[2:3])["pointwise"][0].inputs
 
   stacked = jax.jit(jax.vmap(inputs))(foreign.variables, foreign.images)
   for m in range(2):
@@ -74,11 +73,11 @@ def test_vmap_over_models_is_the_loop(foreign):
 def test_an_early_layer_costs_no_whole_forward_pass(digits):
   model, variables, images, layers = parts(digits)
 
-  def flops(path):
-    run = jax.jit(lambda v, x: capture.calls(model, v, x, [path])[path].inputs)
+  def flops(layer):
+    run = jax.jit(lambda v, x: capture.calls(model, v, x, [layer])[layer.path][0].inputs)
     return run.lower(variables, images).compile().cost_analysis().get("flops", 0)
 
-  assert flops(layers[1].path) < 0.5 * flops(layers[-1].path)
+  assert flops(layers[1]) < 0.5 * flops(layers[-1])
 
 
 def summed(*arguments, **options):
@@ -92,10 +91,10 @@ def test_sums_do_not_depend_on_the_batches(foreign):
   model, variables, images, layers = parts(foreign)
   whole = summed(model, variables, images, layers)
   some = summed(model, variables, images, layers[1:3], batch_size=7)
-  calls = capture.calls(model, variables, images, [layer.path for layer in layers])
+  calls = capture.calls(model, variables, images, layers)
   assert list(some) == ["grouped", "pointwise"]
   for layer in layers[1:3]:
-    direct = gram(layer, calls[layer.path].inputs)
+    direct = gram(layer, calls[layer.path][0].inputs)
     np.testing.assert_allclose(whole[layer.path], direct, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(some[layer.path], direct, rtol=1e-4, atol=1e-4)
 

@@ -59,7 +59,8 @@ def test_kernels_are_the_nearest_and_nothing_else_changes(models):
 def test_errors_are_distances_of_the_layers_outputs(models):
   model, variables, images, plans = models
   quantized, records = run(models)
-  calls = jax.jit(lambda one, x: capture.calls(model, one, x, list(plans[0])))
+  layers = units.layers(model, *trees.take((variables, images), 0))
+  calls = jax.jit(lambda one, x: capture.calls(model, one, x, layers))
   for p, chosen in enumerate(plans):
     for m in range(2):
       full, rounded = (
@@ -71,7 +72,7 @@ def test_errors_are_distances_of_the_layers_outputs(models):
         mixed = trees.replace(
           full, {f"params/{record.name}/kernel": rounded["params"][record.name]["kernel"]}
         )
-        change = calls(mixed, images[m])[record.name].outputs - before[record.name].outputs
+        change = calls(mixed, images[m])[record.name][0].outputs - before[record.name][0].outputs
         expected = jnp.square(change).sum(-1).mean() if chosen[record.name] else 0
         np.testing.assert_allclose(record.error_after[p, m], expected, rtol=1e-4, atol=1e-10)
         np.testing.assert_allclose(record.error_before[p, m], record.error_after[p, m], rtol=1e-5)

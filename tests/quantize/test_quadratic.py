@@ -36,7 +36,8 @@ def conv(groups=1, stride=1):
 
 def matrices(layer, kernel, fitted):
   """A kernel and its grid as the second-moment form wants them."""
-  return capture.kernel_matrix(kernel, layer), adaround._matrix_grid(fitted, layer)
+  scale, zero_point = (capture.kernel_matrix(part, layer) for part in fitted[:2])
+  return capture.kernel_matrix(kernel, layer), grid.Grid(scale, zero_point, fitted.levels)
 
 
 def random_case(layer, seed=0, levels=4):
@@ -47,7 +48,8 @@ def random_case(layer, seed=0, levels=4):
   outputs = jnp.asarray(rng.normal(size=(6, *layer.output_shape)), jnp.float32)
   exact = adaround.LayerRun(layer)({"conv": kernel}, {}, inputs)
   alpha = jnp.asarray(rng.normal(0, 3, layer.kernel_shape), jnp.float32)
-  return kernel, grid.fit(kernel, levels=levels), inputs, exact + 0.3 * outputs, alpha
+  outputs = exact + 0.3 * outputs.reshape(exact.shape)
+  return kernel, grid.fit(kernel, levels=levels), inputs, outputs, alpha
 
 
 def small_problem(rows, columns, levels, seed=0):

@@ -39,7 +39,9 @@ def reference_problem(bits):
   scale, zero_point = (jnp.asarray(read(name)).reshape(1, 1, 1, -1) for name in ("delta", "zero"))
   fitted = grid.Grid(scale, zero_point, jnp.int32(LEVELS[bits]))
   weights = to_flax(REFERENCE["w"])
-  return Problem({PATH: weights}, {PATH: fitted}, {}, to_flax(read("x")), to_flax(read("y"))), read
+  inputs, outputs = to_flax(read("x")), to_flax(read("y"))
+  targets = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+  return Problem({PATH: weights}, {PATH: fitted}, {}, inputs, targets), read
 
 
 def stacked_problems():

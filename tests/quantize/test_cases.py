@@ -1,0 +1,447 @@
+"""Models of others: what once went wrong without a word, each as small as it gets."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict, freeze
+
+from ptq_jax import trees
+from ptq_jax.models import fold_batchnorm, units
+from ptq_jax.quantize import METHODS, adaround, batchnorm, brecq, pack
+
+QUICK = {
+  "nearest": {},
+  "adaround": {"second_moment": adaround.SECOND_MOMENT._replace(num_steps=25), "sweeps": 1},
+  "brecq": {"schedule": brecq.SCHEDULE._replace(num_steps=10, batch_size=4)},
+  "obc": {},
+}
+KEY = jax.random.key(0)
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 3)), jnp.float32)
+
+
+def quantized(name, model, variables, images=IMAGES, levels=4, **options):
+  """One model by a method, quickly."""
+  return METHODS[name].quantize_params(
+    KEY, model, variables, images, levels=levels, **QUICK[name], **options
+  )
+
+
+def around(layer, **options):
+  """A model of a plain convolution, a layer to be tried, and a classifier."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      x = nn.relu(nn.Conv(4, (3, 3), name="plain")(images))
+      x = layer(**options, name="odd")(x)
+      return nn.Dense(3, name="head")(x.reshape(len(x), -1, x.shape[-1]).mean(axis=1))
+
+  model = Model()
+  return model, model.init(KEY, IMAGES)
+
+
+class StandardizedConv(nn.Conv):
+  def param(self, name, *args, **kwargs):
+    value = super().param(name, *args, **kwargs)
+    if name != "kernel":
+      return value
+    mean, std = (f(value, axis=(0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.std))
+    return (value - mean) / (std + 1e-5)
+
+
+class CenteredConv(nn.Conv):
+  @nn.compact
+  def __call__(self, inputs):
+    return super().__call__(inputs - inputs.mean())
+
+
+def doubled(*args, **kwargs):
+  return 2 * jax.lax.dot_general(*args, **kwargs)
+
+
+def rounded(images, kernel, *args, **kwargs):
+  return jax.lax.conv_general_dilated(images, jnp.round(kernel * 64) / 64, *args, **kwargs)
+
+
+CONV = {"features": 4, "kernel_size": (3, 3)}
+NOT_ITS_KERNEL = {
+  "standardized": (StandardizedConv, CONV),
+  "centered": (CenteredConv, CONV),
+  "custom dot_general": (nn.Dense, {"features": 4, "dot_general": doubled}),
+  "custom convolution": (nn.Conv, CONV | {"conv_general_dilated": rounded}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ITS_KERNEL)
+def test_a_kernel_that_is_not_what_is_applied_is_refused(case):
+  layer, options = NOT_ITS_KERNEL[case]
+  model, variables = around(layer, **options)
+  for name in METHODS:
+    with pytest.raises(ValueError, match="'odd' does not give its inputs times its kernel"):
+      quantized(name, model, variables)
+
+
+def test_a_refused_layer_may_stay_in_full_precision():
+  model, variables = around(StandardizedConv, **CONV)
+  result, info = quantized("nearest", model, variables, levels={"odd": None, "*": 4})
+  np.testing.assert_array_equal(
+    result["params"]["odd"]["kernel"], variables["params"]["odd"]["kernel"]
+  )
+  assert [int(record.grids[record.name].levels) for record in info] == [4, 0, 4]
+
+
+@pytest.mark.parametrize("wrapper", [nn.SpectralNorm, nn.WeightNorm])
+def test_a_normalised_kernel_is_refused_by_name(wrapper):
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      options = {"update_stats": train} if wrapper is nn.SpectralNorm else {}
+      x = wrapper(nn.Dense(4, name="odd"))(images.mean((1, 2)), **options)
+      return nn.Dense(3, name="head")(x)
+
+  variables = Model().init(KEY, IMAGES)
+  kernel = "params/odd/kernel"  # at first it is normalised already
+  variables = trees.replace(variables, {kernel: 3 * trees.get(variables, kernel)})
+  for name in METHODS:
+    with pytest.raises(ValueError, match="layer 'odd'"):
+      quantized(name, Model(), variables)
+  result, _ = quantized("obc", Model(), variables, levels={"head": 4, "*": None})
+  assert jax.tree.structure(result) == jax.tree.structure(variables)
+
+
+class SharedNorm(nn.Module):
+  """One normalisation behind two layers."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = nn.BatchNorm(use_running_average=True, epsilon=1.0)
+    return norm(nn.Dense(2, name="a")(x)) + norm(nn.Dense(2, name="b")(x))
+
+
+class TwiceInARow(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = nn.BatchNorm(use_running_average=True, epsilon=0.5)
+    return norm(norm(nn.Dense(2, name="a")(x)))
+
+
+class AlsoOnTheInput(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = nn.BatchNorm(use_running_average=True, epsilon=0.5)
+    return norm(nn.Dense(x.shape[-1], name="a")(x)) + norm(x)
+
+
+class ReadElsewhere(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    dense = nn.Dense(2, name="a")
+    y = dense(x)
+    return nn.BatchNorm(use_running_average=True, epsilon=0.5)(y) + y
+
+
+class LayerTwice(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    dense = nn.Dense(2, name="a")
+    return nn.BatchNorm(use_running_average=True, epsilon=0.5)(dense(x)) + dense(2 * x)
+
+
+class TiedKernel(nn.Module):
+  """The kernel is read by something that is no call of the layer."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    dense = nn.Dense(2, name="a")
+    y = nn.BatchNorm(use_running_average=True, epsilon=0.5)(dense(x))
+    return y + dense.variables["params"]["kernel"].sum()
+
+
+@pytest.mark.parametrize(
+  "model",
+  [SharedNorm(), TwiceInARow(), AlsoOnTheInput(), ReadElsewhere(), LayerTwice(), TiedKernel()],
+  ids=lambda model: type(model).__name__,
+)
+def test_folding_keeps_the_function_of_odd_models(model):
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)), jnp.float32)
+  rng = np.random.default_rng(2)
+  variables = jax.tree.map(
+    lambda leaf: jnp.asarray(0.5 + rng.uniform(size=leaf.shape), leaf.dtype), model.init(KEY, x)
+  )
+  folded = fold_batchnorm.fold(model, variables, x)
+  np.testing.assert_allclose(model.apply(folded, x), model.apply(variables, x), rtol=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, folded, variables)
+  result, _ = quantized("brecq", model, variables, x, levels=256)
+  np.testing.assert_allclose(
+    model.apply(result, x), model.apply(variables, x), rtol=0.05, atol=0.05
+  )
+
+
+class Plain(nn.Module):
+  """A convolution, a normalisation, a dense layer; names and dtypes to choose."""
+
+  names: tuple = ("conv", "norm", "head")
+  dtype: object = jnp.float32
+  norm: bool = True
+  momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, images, train: bool = False):
+    conv, norm, head = self.names
+    x = nn.Conv(4, (3, 3), strides=2, param_dtype=self.dtype, name=conv)(images)
+    if self.norm:
+      options = {"momentum": self.momentum, "param_dtype": self.dtype, "name": norm}
+      x = nn.BatchNorm(use_running_average=not train, **options)(x=x)
+    x = nn.relu(x).mean(axis=(1, 2))
+    return nn.Dense(3, param_dtype=self.dtype, name=head)(x)
+
+
+ODD_TREES = {
+  "an empty collection": (Plain(norm=False), lambda v: {**v, "batch_stats": {}}),
+  "a FrozenDict": (Plain(), freeze),
+  "a FrozenDict inside": (Plain(), lambda v: {**v, "params": freeze(v["params"])}),
+  "names with slashes": (Plain(names=("a/b", "a/b/c", "~1/~")), lambda v: v),
+  "another collection": (Plain(), lambda v: {**v, "cache": {"x/y": {"z": jnp.ones(2)}, "w": {}}}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("case", ODD_TREES)
+def test_the_tree_that_comes_back_is_the_tree_that_went_in(case, name):
+  model, change = ODD_TREES[case]
+  variables = change(model.init(KEY, IMAGES))
+  result, info = quantized(name, model, variables)
+  assert jax.tree.structure(result) == jax.tree.structure(variables)
+  assert type(result) is type(variables)
+  for path, leaf in trees.flatten(variables).items():
+    assert trees.get(result, path).dtype == leaf.dtype
+  grids = {path: grid for record in info for path, grid in record.grids.items()}
+  unpacked = pack.unpack(pack.pack(result, grids))
+  plain = FrozenDict(result).unfreeze()
+  assert jax.tree.structure(unpacked) == jax.tree.structure(plain)
+  jax.tree.map(np.testing.assert_array_equal, unpacked, plain)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
+def test_momentum_is_that_of_the_module(momentum):
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+      return nn.BatchNorm(use_running_average=not train, momentum=momentum, name="norm")(x)
+
+  images = jnp.asarray(np.random.default_rng(0).normal(0, 10**3.5, (400, 3)), jnp.float32)
+  variables = Model().init(KEY, images)
+  found = batchnorm.estimate(KEY, Model(), variables, images)["batch_stats"]["norm"]
+  exact = np.asarray(images, np.float64)
+  np.testing.assert_allclose(found["var"], exact.var(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(found["mean"], exact.mean(axis=0), rtol=1e-5, atol=0.1)
+
+
+def test_a_norm_that_runs_twice_gets_the_average_of_both():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+      norm = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")
+      return norm(x) + norm(3 * x)
+
+  images = jnp.asarray(np.random.default_rng(0).normal(2, 1, (50, 3)), jnp.float32)
+  found = batchnorm.estimate(KEY, Model(), Model().init(KEY, images), images)["batch_stats"]["norm"]
+  mean = np.asarray(images).mean(axis=0)
+  np.testing.assert_allclose(found["mean"], (0.5 * mean + 3 * mean) / 1.5, rtol=1e-5)
+
+
+def test_one_image_leaves_statistics_without_a_variance_alone():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      x = nn.Dense(4, name="dense")(images.mean(axis=(1, 2)))
+      return nn.Dense(3, name="head")(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+
+  variables = Model().init(KEY, IMAGES)
+  with pytest.warns(UserWarning, match="gives 'norm' a single value per channel"):
+    result, _ = quantized("obc", Model(), variables, IMAGES[:1], levels=16)
+  jax.tree.map(np.testing.assert_array_equal, result["batch_stats"], variables["batch_stats"])
+  full, found = (Model().apply(v, IMAGES) for v in (variables, result))
+  assert jnp.abs(found).max() < 2 * jnp.abs(full).max()
+
+
+def test_labels_of_one_model():
+  model = Plain()
+  variables = model.init(KEY, IMAGES)
+  labels = jnp.arange(6) % 3
+  one, _ = quantized("brecq", model, variables, loss="fisher", labels=labels)
+  two, _ = quantized("brecq", model, variables, loss="fisher", labels=labels[None])
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.parametrize(
+  ("labels", "message"),
+  [
+    (np.zeros(4, int), "one for each of 6 images"),
+    (np.zeros(6), "labels must be integers"),
+    (np.array([0, 1, 2, 50, 0, 1]), r"in \[0, 3\), the classes of the model; got 0 to 50"),
+    (np.array([0, 1, 2, -1, 0, 1]), "got -1 to 2"),
+  ],
+)
+@pytest.mark.parametrize("loss", ["fisher", "mse"])
+def test_labels_that_fit_nothing_are_refused(labels, message, loss):
+  model = Plain()
+  with pytest.raises(ValueError, match=message):
+    quantized("brecq", model, model.init(KEY, IMAGES), loss=loss, labels=jnp.asarray(labels))
+
+
+def attentive():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      x = nn.Conv(8, (4, 4), strides=4, name="patch")(images).reshape(len(images), -1, 8)
+      x = x + self.param("position", nn.initializers.normal(), (1, x.shape[1], 8))
+      x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
+      x = nn.ConvTranspose(1, (1,), name="up")(x)
+      x = x + nn.Embed(5, 1, name="table")(jnp.arange(x.shape[1]) % 5)[None]
+      return nn.DenseGeneral(3, axis=(1, 2), name="head")(x)
+
+  return Model(), Model().init(KEY, IMAGES)
+
+
+LAYERS = ("patch", "attention/query", "attention/key", "attention/value", "attention/out",
+          "up", "table", "head")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_weight_is_quantized_or_listed(name):
+  model, variables = attentive()
+  with pytest.warns(UserWarning, match=r"stay in full precision: 'position' \[1, 4, 8\]"):
+    result, info = quantized(name, model, variables)
+  grids = {path: grid for record in info for path, grid in record.grids.items()}
+  assert set(grids) == {*LAYERS, "position"}
+  assert int(grids["position"].levels) == 0
+  for layer in units.layers(model, variables, IMAGES):
+    kernel = trees.get(result, layer.kernel)
+    assert not np.array_equal(kernel, trees.get(variables, layer.kernel)), layer.path
+    columns = np.transpose(kernel, layer.axes).reshape(layer.num_rows, -1).T
+    assert max(len(np.unique(column)) for column in columns) <= 4
+  np.testing.assert_array_equal(result["params"]["position"], variables["params"]["position"])
+  for record in info:
+    assert record.error_after <= record.error_before
+  packed = pack.pack(result, grids)
+  jax.tree.map(np.testing.assert_array_equal, pack.unpack(packed), result)
+  size = pack.size(packed)
+  weights = sum(np.prod(layer.kernel_shape) for layer in units.layers(model, variables, IMAGES))
+  assert size.num_weights == weights + 4 * 8
+  assert size.full_kernels == 4 * 4 * 8
+
+
+def test_strict_refuses_what_stays_in_full_precision():
+  model, variables = attentive()
+  for name in METHODS:
+    with pytest.raises(ValueError, match="strict=True all weights must be quantized, but not 'pos"):
+      quantized(name, model, variables, strict=True)
+
+
+GEOMETRIES = {
+  "keyword argument": (nn.Conv, CONV),
+  "input_dilation None": (nn.Conv, CONV | {"input_dilation": None}),
+  "input_dilation": (nn.Conv, CONV | {"input_dilation": 2, "padding": 2}),
+  "negative padding": (nn.Conv, CONV | {"padding": ((-1, 0), (0, 0))}),
+  "circular": (nn.Conv, CONV | {"padding": "CIRCULAR", "kernel_dilation": 2}),
+  "reflect": (nn.Conv, CONV | {"padding": "REFLECT", "kernel_size": (2, 4)}),
+  "depthwise": (nn.Conv, CONV | {"features": 8, "feature_group_count": 4}),
+  "transposed": (nn.ConvTranspose, CONV | {"strides": (2, 3), "kernel_dilation": (1, 2)}),
+  "transposed valid": (nn.ConvTranspose, CONV | {"strides": (5, 1), "padding": "VALID"}),
+  "transposed padded": (nn.ConvTranspose, CONV | {"strides": (2, 2), "padding": ((1, 2), (0, 1))}),
+  "einsum": (nn.Einsum, {"shape": (2, 4, 5), "einsum_str": "nhwc,kcd->nkdhw"}),
+  "einsum inside": (nn.Einsum, {"shape": (8, 4, 5), "einsum_str": "nhwc,wcd->nhd"}),
+  "general": (nn.DenseGeneral, {"features": (2, 3), "axis": (-1, -3)}),
+  "half precision": (nn.Conv, CONV | {"dtype": jnp.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_layers_of_any_geometry(case):
+  """The check before everything compares each layer with its rows times its kernel."""
+  layer, options = GEOMETRIES[case]
+  model, variables = around(layer, **options)
+  for name in ("obc", "adaround"):
+    result, info = quantized(name, model, variables, levels=3)
+    record = next(record for record in info if record.name == "odd")
+    assert 0 < record.error_after <= record.error_before
+    assert (result["params"]["odd"]["kernel"] != variables["params"]["odd"]["kernel"]).any()
+
+
+def test_time_folded_into_the_batch_is_measured_alike():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      x = images.reshape(-1, 8, 3)  # rows of an image are examples of their own
+      x = nn.Dense(5, name="rows")(x)
+      return nn.Dense(3, name="head")(x.reshape(len(images), 8, 8, 5).mean(axis=(1, 2)))
+
+  variables = Model().init(KEY, IMAGES)
+  first = {name: quantized(name, Model(), variables)[1][0] for name in METHODS}
+  for record in first.values():
+    np.testing.assert_allclose(record.error_before, first["nearest"].error_before, rtol=1e-3)
+
+
+def test_a_shared_layer_has_one_set_of_codes():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      shared = nn.Conv(3, (3, 3), name="shared")
+      x = nn.relu(shared(nn.relu(shared(images))[:, ::2]))
+      return nn.Dense(3, name="head")(x.mean(axis=(1, 2)))
+
+  variables = Model().init(KEY, IMAGES)
+  for name in METHODS:
+    result, info = quantized(name, Model(), variables)
+    kernel = result["params"]["shared"]["kernel"]
+    assert max(len(np.unique(kernel[..., k])) for k in range(3)) <= 4
+    assert all(record.error_after <= record.error_before for record in info)
+
+
+def test_a_shared_layer_is_calibrated_on_the_inputs_of_all_its_calls():
+  """The same images as one call of twice as many examples give the same codes."""
+
+  class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      dense = nn.Dense(4, name="dense")
+      return dense(images.mean(axis=(1, 2))) + dense(images[:, 0, 0] ** 3)
+
+  class Once(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      rows = jnp.stack([images.mean(axis=(1, 2)), images[:, 0, 0] ** 3], axis=1)
+      return nn.Dense(4, name="dense")(rows).sum(axis=1)
+
+  variables = Twice().init(KEY, IMAGES)
+  for name in ("adaround", "obc"):
+    (twice, (record,)), (once, (other,)) = (
+      quantized(name, model, variables) for model in (Twice(), Once())
+    )
+    jax.tree.map(np.testing.assert_array_equal, twice, once)
+    np.testing.assert_allclose(record.error_after, other.error_after, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+def test_images_in_bytes_are_refused(name, dtype):
+  model = Plain()
+  with pytest.raises(ValueError, match=r"normalised: data\.augment\.normalise"):
+    quantized(name, model, model.init(KEY, IMAGES), jnp.ones((4, 8, 8, 3), dtype))
+
+
+def test_tokens_are_no_bytes():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, train: bool = False):
+      return nn.Dense(3, name="head")(nn.Embed(7, 4, name="table")(tokens).mean(axis=1))
+
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (12, 5)), jnp.int32)
+  for name in METHODS:
+    result, info = quantized(name, Model(), Model().init(KEY, tokens), tokens)
+    assert [record.name for record in info] == ["table", "head"]
+    assert info[0].error_after > 0
+    assert len(np.unique(result["params"]["table"]["embedding"][:, 0])) <= 4
