@@ -1,6 +1,7 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,3 +272,48 @@ def test_largest_chunk_follows_the_memory(setup):
   assert choose(memory_bytes=two) == 2
   assert choose(memory_bytes=one + 6 * (two - one)) == 7
   assert choose(memory_bytes=10**12) == 100
+
+
+class Noisy(nn.Module):
+  """Dropout, and noise of another name; evaluation mode by `deterministic`."""
+
+  rate: float = 0.5
+
+  @nn.compact
+  def __call__(self, images, deterministic: bool):
+    x = nn.Dense(8)(images.reshape(len(images), -1))
+    x = nn.Dropout(self.rate, deterministic=deterministic)(nn.relu(x))
+    if self.rate and not deterministic:
+      x = x + 0.1 * jax.random.normal(self.make_rng("noise"), x.shape)
+    return nn.Dense(3)(x)
+
+
+def test_dropout_trains_with_a_key_of_each_model_and_step(setup):
+  recipe, images, labels, members = setup
+
+  def trained(ids, rate=0.5):
+    mine = (recipe._replace(model=Noisy(rate)), images, labels, members)
+    return train(mine, ids)[-1].states.variables
+
+  both, again, still = trained((0, 1)), trained((1,)), trained((1,), rate=0.0)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a[1], b[0], rtol=1e-4, atol=1e-5), both, again
+  )
+  assert not np.allclose(again["params"]["Dense_1"]["kernel"], still["params"]["Dense_1"]["kernel"])
+  states = shadows.init(
+    jax.random.split(jax.random.key(0), 1), recipe._replace(model=Noisy()), image_shape=(6, 6, 1)
+  )
+  state = trees.take(states, 0)
+  batch = (jax.random.key(2), images[:BATCH], labels[:BATCH])
+  step = jax.jit(fit.step, static_argnums=0)
+  losses = {
+    float(
+      step(
+        recipe._replace(model=Noisy(), augmentation=augment.make(())),
+        state._replace(step=jnp.int32(i)),
+        *batch,
+      )[1].loss
+    )
+    for i in range(3)
+  }
+  assert len(losses) == 3  # the same images, another mask
