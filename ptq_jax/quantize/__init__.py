@@ -5,6 +5,7 @@ one model and `quantize_stacked(keys, model, variables, images, *, plans, ...)` 
 `quantize_stacked` here shares these many among the devices of a process.
 """
 
+import functools
 from collections.abc import Sequence
 from types import MappingProxyType
 
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax.base import ArrayLike, Keys, Shaped, Variables
-from ptq_jax.models import parallel
-from ptq_jax.quantize import adaround, brecq, nearest, obc
+from ptq_jax.models import call, parallel
+from ptq_jax.models import units as model_units
+from ptq_jax.models.units import Survey
+from ptq_jax.quantize import adaround, brecq, capture, nearest, obc
 from ptq_jax.quantize.plan import Plan, Record
 
 METHODS = MappingProxyType({"nearest": nearest, "adaround": adaround, "brecq": brecq, "obc": obc})
@@ -64,6 +67,42 @@ def quantize_stacked(
     Record(each[0].name, *jax.tree.map(_on_host, *(record[1:] for record in each)))
     for each in zip(*records, strict=True)
   ]
+
+
+def check_model(
+  model: nn.Module,
+  *,
+  image_shape: Sequence[int],
+  plans: Sequence[Plan] | None = None,
+  strict: bool = False,
+  units: Sequence[str] | None = None,
+) -> Survey:
+  """What a model holds, once it is known that every method can quantize it; before any training.
+
+  The model runs once, with random weights (not fresh ones, which may be normalised already) and on
+  one random image.
+
+  Args:
+    model: any Linen model, see `models.call`.
+    image_shape: of one image, [H, W, c].
+    plans: levels per layer, see `plan.make`; None: all layers are quantized.
+    strict, units: as the methods take them.
+  Raises:
+    ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`.
+  """
+  keys = jax.random.split(jax.random.key(0))
+  image = jax.random.normal(keys[0], (1, *image_shape))
+  variables = jax.jit(functools.partial(call.init, model))(keys[1], image)
+  rng = np.random.default_rng(0)
+
+  def disturbed(leaf):
+    return jnp.asarray(leaf + rng.uniform(0.05, 0.2, leaf.shape), leaf.dtype)
+
+  params = jax.tree.map(disturbed, variables["params"])
+  stacked = jax.tree.map(lambda leaf: leaf[None], {**variables, "params": params})
+  survey = capture.check(model, stacked, image[None], plans=plans, strict=strict)
+  model_units.chain(model, variables, image, units=units)
+  return survey
 
 
 def _on_host(*leaves):

@@ -9,7 +9,7 @@ from flax.core import FrozenDict, freeze
 
 from ptq_jax import trees
 from ptq_jax.models import fold_batchnorm, units
-from ptq_jax.quantize import METHODS, adaround, batchnorm, brecq, pack
+from ptq_jax.quantize import METHODS, adaround, batchnorm, brecq, check_model, pack
 
 QUICK = {
   "nearest": {},
@@ -445,3 +445,26 @@ def test_tokens_are_no_bytes():
     assert [record.name for record in info] == ["table", "head"]
     assert info[0].error_after > 0
     assert len(np.unique(result["params"]["table"]["embedding"][:, 0])) <= 4
+
+
+def test_what_would_be_refused_is_refused_before_training():
+  model, _ = around(nn.Conv, **CONV)
+  survey = check_model(model, image_shape=(8, 8, 3), units=("odd",))
+  assert [layer.path for layer in survey.layers] == ["plain", "odd", "head"]
+  with pytest.raises(ValueError, match="unit 'tail' matches no module"):
+    check_model(model, image_shape=(8, 8, 3), units=("tail",))
+  standardized, _ = around(StandardizedConv, **CONV)
+  with pytest.raises(ValueError, match="layer 'odd' does not give"):
+    check_model(standardized, image_shape=(8, 8, 3))
+  plan = {"plain": 4, "odd": None, "head": 4}
+  assert len(check_model(standardized, image_shape=(8, 8, 3), plans=[plan]).layers) == 3
+
+  class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      return nn.WeightNorm(nn.Dense(4, name="odd"))(images.mean((1, 2)))
+
+  with pytest.raises(ValueError, match="layer 'odd'"):
+    check_model(Normalised(), image_shape=(8, 8, 3))
+  with pytest.raises(ValueError, match="strict=True"):
+    check_model(attentive()[0], image_shape=(8, 8, 3), strict=True)
