@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from ptq_jax.models import convnet, resnet, wide_resnet
+from ptq_jax.models import convnet, resnet, vit, wide_resnet
 
 ZOO = {
   "convnet": convnet.ConvNet,
@@ -16,6 +16,7 @@ ZOO = {
   "resnet20": resnet.resnet20,
   "resnet34": resnet.resnet34,
   "resnet50": resnet.resnet50,
+  "vit": vit.ViT,
   "wide_resnet": wide_resnet.WideResNet,
   "wide_resnet28_2": wide_resnet.wide_resnet28_2,
   "wide_resnet28_10": wide_resnet.wide_resnet28_10,

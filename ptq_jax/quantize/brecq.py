@@ -278,10 +278,13 @@ def _is_layer(model: nn.Module, unit: Unit, variables: Variables, inputs: Array)
 def _execution(unit: Unit, backend: str) -> tuple[str, int | None, int]:
   """How a unit's loop runs: lowering, branches at once (None: all), steps per dispatch.
 
-  A block of several convolutions runs as it is: on CPU one branch and one step at a time, because
-  convolutions are slow in XLA's loops there; elsewhere a few branches at once, because the
-  convolution unrolls over them and each costs compile time.
+  Products alone run stacked, many steps per dispatch. A block of several convolutions runs as it
+  is: on CPU one branch and one step at a time, because convolutions are slow in XLA's loops there;
+  elsewhere a few branches at once, because the convolution unrolls over them and each costs
+  compile time.
   """
+  if not any(layer.kind == "conv" for layer in unit.layers):
+    return "native", None, reconstruct.STEPS_PER_CALL
   if len(unit.layers) == 1 and backend == "cpu":
     return "patches", None, reconstruct.STEPS_PER_CALL
   if backend == "cpu":

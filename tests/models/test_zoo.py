@@ -13,8 +13,10 @@ PARAMETERS = {  # published numbers, or counted by hand
   ("resnet50", 10): 23_520_842,
   ("resnet8", 10): 78_042,
   ("convnet", 10): 24_346,
+  ("vit", 10): 207_946,
 }
-SHORT = {"convnet": {}, "resnet8": {"width": 4}, "resnet20": {"width": 4}}
+SHORT = {"convnet": {}, "resnet8": {"width": 4}, "resnet20": {"width": 4},
+         "vit": {"width": 8, "depth": 2, "num_heads": 2}}  # fmt: skip
 
 
 def shapes(model, size=32, channels=3):

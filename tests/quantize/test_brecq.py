@@ -172,6 +172,8 @@ def test_how_units_run():
   single, block = units.Unit("a", (layer,)), units.Unit("b", (layer, layer))
   assert brecq._execution(single, "cpu") == ("patches", None, 50)
   assert brecq._execution(block, "cpu") == ("native", 1, 1)
+  products = units.Unit("c", (units.Layer("c", "dense", (3, 3)),) * 2)
+  assert brecq._execution(products, "cpu") == ("native", None, 50)
   assert brecq._execution(block, "gpu") == ("native", brecq.BRANCHES_AT_ONCE, 50)
 
 
