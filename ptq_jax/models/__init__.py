@@ -6,8 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import nnx
 
-from ptq_jax.models import convnet, resnet, vit, wide_resnet
+from ptq_jax.models import convnet, from_nnx, resnet, vit, wide_resnet
 
 ZOO = {
   "convnet": convnet.ConvNet,
@@ -27,7 +28,8 @@ def make(name: str, *, num_classes: int, **options) -> nn.Module:
   """A model of the zoo by its name, or your own as "package.module:factory".
 
   Args:
-    name: a key of `ZOO`, or where to find a function that takes `num_classes` and `options`.
+    name: a key of `ZOO`, or where to find a function that takes `num_classes` and `options`, and
+      `rngs` if it makes a `flax.nnx.Module`.
     num_classes: C.
     **options: of the model, such as `width`; `dtype` may be "auto", see `compute_dtype`.
   Raises:
@@ -38,16 +40,22 @@ def make(name: str, *, num_classes: int, **options) -> nn.Module:
     raise ValueError(
       f"model.name is {name!r}; use one of {sorted(ZOO)} or your own as 'package.module:factory'."
     )
-  accepted = inspect.signature(factory).parameters
+  of_class = isinstance(factory, type) and issubclass(factory, nnx.Module)
+  accepted = inspect.signature(factory.__init__ if of_class else factory).parameters
   unknown = sorted(set(options) - set(accepted))
   if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
     known = sorted(set(accepted) - {"num_classes", "parent", "name"})
     raise ValueError(f"model {name!r} has no option {unknown[0]!r}; it has {known}.")
   if "dtype" in options:
     options["dtype"] = compute_dtype(options["dtype"])
+  if "rngs" in accepted:  # flax.nnx
+    return from_nnx.adapt(factory, num_classes=num_classes, **options)
   model = factory(num_classes=num_classes, **options)
   if not isinstance(model, nn.Module):
-    raise ValueError(f"{name!r} made a {type(model).__name__}, not a flax.linen.Module.")
+    raise ValueError(
+      f"{name!r} made a {type(model).__name__}, not a flax.linen.Module; a factory of a "
+      "flax.nnx.Module takes rngs."
+    )
   return model
 
 

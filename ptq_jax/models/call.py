@@ -8,6 +8,7 @@ A model with none of them is called with its images alone.
 import inspect
 
 import flax.linen as nn
+from flax import nnx
 
 from ptq_jax.base import Array, ArrayLike, Key, PyTree, Shaped, Variables
 
@@ -18,7 +19,7 @@ EVALUATION = ("deterministic", "use_running_average")
 """Arguments that are False while a model trains."""
 
 
-def mode(model: nn.Module, *, train: bool) -> dict[str, bool]:
+def mode(model: nn.Module | nnx.Module, *, train: bool) -> dict[str, bool]:
   """The arguments that put a model into training or evaluation mode.
 
   >>> import flax.linen as nn

@@ -256,10 +256,9 @@ def chain(
     return _own_chain(model, all_layers)
   modules = _modules(model, variables, images)
   if units is None:
+    children = [trees.join(trees.names(path)[:1]) for path in modules]
     try:
-      return _cut(
-        modules, variables, images, all_layers, [trees.join(trees.names(m)[:1]) for m in modules]
-      )
+      return _cut(modules, variables, images, all_layers, children)
     except ValueError:
       return [Unit(WHOLE_MODEL, tuple(all_layers))]
   chosen = []
@@ -438,7 +437,7 @@ def _cut(modules, variables, images, all_layers, chosen) -> list[Unit]:
   batch = jax.ShapeDtypeStruct(np.shape(images), jnp.result_type(images.dtype))
   cut = []
   for path, inside in members.items():
-    module = modules[path]
+    module = modules.get(path) or _Module(0, {}, 1, "it is no Linen module")
     obstacle = module.obstacle
     for layer in inside:
       if module.layers.get(layer.path) != len(layer.geometries):

@@ -25,6 +25,7 @@ import numpy as np
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import conv, units
+from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, quadratic, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
@@ -49,7 +50,7 @@ active branches."""
 
 def quantize_params(
   key: Key,
-  model: nn.Module,
+  model: Model,
   variables: Variables,
   images: Shaped[ArrayLike, "n ..."],
   *,
@@ -60,7 +61,7 @@ def quantize_params(
   """AdaRound for one model.
 
   Args:
-    variables: of a Linen model, see `models.call`.
+    variables: of a Linen model, see `models.call`; the state of an nnx one, which then comes back.
     images: calibration images, as the model takes them.
     levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
     last_layer_levels: of the classifier, when they differ; "full" for full precision.

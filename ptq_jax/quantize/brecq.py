@@ -26,6 +26,7 @@ from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import call, conv, fold_batchnorm
 from ptq_jax.models import units as cut
+from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import adaround, capture, reconstruct, walk
 from ptq_jax.quantize.capture import Hashable
@@ -43,7 +44,7 @@ BRANCHES_AT_ONCE = 8  # of a block with convolutions, in one compiled loop
 
 def quantize_params(
   key: Key,
-  model: nn.Module,
+  model: Model,
   variables: Variables,
   images: Shaped[ArrayLike, "n ..."],
   *,

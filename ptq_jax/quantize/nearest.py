@@ -17,6 +17,7 @@ import numpy as np
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, Key, Keys, Shaped, Variables
+from ptq_jax.models.from_nnx import Model
 from ptq_jax.quantize import capture, grid, hessian, plan, walk
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Levels, Plan, Record
@@ -40,7 +41,7 @@ Solve = Callable[[Job], Float[Array, "U M groups D K"]]
 
 def quantize_params(
   key: Key,
-  model: nn.Module,
+  model: Model,
   variables: Variables,
   images: Shaped[ArrayLike, "n ..."],
   *,
@@ -51,7 +52,7 @@ def quantize_params(
   """Rounds every kernel of one model to the nearest level.
 
   Args:
-    variables: of a Linen model, see `models.call`.
+    variables: of a Linen model, see `models.call`; the state of an nnx one, which then comes back.
     images: calibration images; only the errors in the records depend on them.
     levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
     last_layer_levels: of the classifier, when they differ; "full" for full precision.

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variables
+from ptq_jax.models.from_nnx import Model
 from ptq_jax.quantize import batchnorm as batchnorms
 from ptq_jax.quantize import grid as grids
 from ptq_jax.quantize import hessian as hessians
@@ -44,7 +45,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def quantize_params(
   key: Key,
-  model: nn.Module,
+  model: Model,
   variables: Variables,
   images: Shaped[ArrayLike, "n ..."],
   *,
@@ -55,7 +56,7 @@ def quantize_params(
   """OBC for one model: every layer alone, from full-precision inputs; biases stay as they are.
 
   Args:
-    variables: of a Linen model, see `models.call`.
+    variables: of a Linen model, see `models.call`; the state of an nnx one, which then comes back.
     images: calibration images, as the model takes them.
     levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
     last_layer_levels: of the classifier, when they differ; "full" for full precision.

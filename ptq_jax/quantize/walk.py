@@ -20,10 +20,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
-from ptq_jax.models import conv, units
+from ptq_jax.models import conv, from_nnx, units
 from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, plan
 from ptq_jax.quantize.capture import Hashable
@@ -209,7 +210,16 @@ def rows(tree: PyTree, active: np.ndarray) -> PyTree:
 def one_model(
   quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
 ) -> tuple[Variables, list[Record]]:
-  """Runs a method's `quantize_stacked` for one model and plan; results have no axes [P, M]."""
+  """Runs a method's `quantize_stacked` for one model and plan; results have no axes [P, M].
+
+  An nnx model comes with its state, and gets a state back.
+  """
+  if isinstance(model, nnx.Module):
+    adapted, inside = from_nnx.adapt(model), from_nnx.variables_of(variables)
+    quantized, records = one_model(
+      quantize_stacked, key, adapted, inside, images, levels, last_layer_levels, options
+    )
+    return from_nnx.state_with(variables, quantized), records
   stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
   layers = units.layers(model, *capture.one_of(stacked, images))
   chosen = plan.resolve(layers, levels, last_layer_levels)
