@@ -10,8 +10,10 @@ attackers: one whose shadows stay in full precision, and one who quantized them 
 attacks scores that any framework saved, and reports. shadows.npz holds `scores` float[M, E, V]
 (or [M, E]; higher means member, such as the logit-scaled confidence) and `members` bool[M, E];
 targets.npz the same of T targets, on the same examples. Without --targets every shadow is target
-once. For a "class_threshold" among attack.attacks, shadows.npz also needs `labels` int[E]. Without
---workdir the results go to runs/scores-NAME.
+once. For a "class_threshold" among attack.attacks, shadows.npz also needs `labels` int[E]. A file
+may say what its models are: `method`, `levels`, `last_layer_levels`, `accuracy` float[M]. Folders
+that tensorflow/privacy's LiRA (experiment*/scores, keep.npy) or Privacy Meter (signals, models)
+wrote are read, too. Without --workdir the results go to runs/scores-NAME.
 """
 
 import pathlib
@@ -21,7 +23,7 @@ from ptq_jax import storage
 from ptq_jax.audit import attacking, preflight, reporting, work
 
 OPTIONS = {
-  "scores": "An .npz file of shadow scores to attack instead of an audit's.",
+  "scores": "An .npz file or a folder of shadow scores to attack instead of an audit's.",
   "targets": "With --scores: an .npz file of target scores.",
 }
 """Further flags."""

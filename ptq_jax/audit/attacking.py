@@ -567,7 +567,9 @@ def attack_files(
     config: its attack section and seed.
     workdir: of these results alone.
     shadows: an .npz file with `scores` float[M, E, V] (or [M, E]; higher means member) and
-      `members` bool[M, E]; for a "class_threshold" among attack.attacks also `labels` int[E].
+      `members` bool[M, E]; for a "class_threshold" among attack.attacks also `labels` int[E], and
+      what else `read_scores` knows. Or a folder that tensorflow/privacy's LiRA or Privacy Meter
+      wrote.
     targets: the same of T targets on the same examples; None: every shadow is target once.
     command: how this was called, for the record.
   Raises:
@@ -676,8 +678,12 @@ def read_scores(path: str) -> dict:
 
 
 def _load(path: str) -> dict[str, np.ndarray]:
+  if pathlib.Path(path).is_dir():
+    return _load_folder(pathlib.Path(path))
   if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f"{path} does not exist; --scores and --targets name .npz files.")
+    raise FileNotFoundError(
+      f"{path} does not exist; --scores and --targets name .npz files, or folders of scores."
+    )
   try:
     with np.load(path, allow_pickle=False) as file:
       if not isinstance(file, np.lib.npyio.NpzFile):
@@ -708,6 +714,45 @@ def _load(path: str) -> dict[str, np.ndarray]:
         "float32."
       )
   return arrays
+
+
+def _load_folder(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """Scores [M, E, V] and members [M, E] as two other programs leave them.
+
+  tensorflow/privacy, mi_lira_2021: experiment*/scores/*.npy, the last of each, [E, V], and
+  experiment*/keep.npy, [E]. Privacy Meter: signals/rmia_signals.npy, the probability of the true
+  class, or signals/loss_signals.npy, the loss, both [E, M], and models/memberships.npy, [M, E].
+  """
+  experiments = sorted(path for path in folder.glob("experiment*") if path.is_dir())
+  if experiments:
+    last = [max((path / "scores").glob("*.npy"), default=path / "scores") for path in experiments]
+    kept = [_load_array(path / "keep.npy") for path in experiments]
+    scores = [_load_array(path) for path in last]
+    if len({array.shape for array in scores}) > 1 or len({array.shape for array in kept}) > 1:
+      raise ValueError(f"{folder}: the experiments have scores or keep.npy of several shapes.")
+    scores = np.stack(scores)
+    return {"scores": scores, "members": np.stack(kept)[:, : scores.shape[1]]}
+  members = folder / "models" / "memberships.npy"
+  for name in ("rmia", "loss"):
+    signals = folder / "signals" / f"{name}_signals.npy"
+    if signals.exists() and members.exists():
+      values = _load_array(signals).astype(np.float64).T
+      log_p = np.log(np.maximum(values, 1e-45)) if name == "rmia" else -values
+      if not (log_p <= 0).all():
+        raise ValueError(f"{signals} holds no {'probabilities' if name == 'rmia' else 'losses'}.")
+      rest = np.maximum(-np.expm1(log_p), 1e-45)
+      return {"scores": log_p - np.log(rest), "members": _load_array(members)}
+  raise ValueError(
+    f"{folder} has neither experiment*/scores and keep.npy, nor signals/rmia_signals.npy (or "
+    "loss_signals.npy) and models/memberships.npy."
+  )
+
+
+def _load_array(path: pathlib.Path) -> np.ndarray:
+  try:
+    return np.load(path, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise ValueError(f"{path} cannot be read as an array of numbers ({error}).") from None
 
 
 def _said_variant(path, arrays) -> Variant:

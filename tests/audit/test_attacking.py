@@ -286,3 +286,43 @@ def test_members_may_be_numbers(tmp_path):
   members = np.load(path)["members"]
   other = save(tmp_path / "other.npz", members=members.astype(np.float32))
   np.testing.assert_array_equal(attacking.read_scores(str(other))["members"], members)
+
+
+def test_the_folder_of_tensorflow_privacy(tmp_path):
+  """experiment-k_N/{keep.npy, scores/EPOCH.npy}: the last epoch counts, models by name."""
+  rng = np.random.default_rng(6)
+  scores, members = rng.normal(size=(M, 50, 2)), rng.random((M, 60)) < 0.5
+  for k in range(M):
+    experiment = tmp_path / f"experiment-{k}_{M}"
+    (experiment / "scores").mkdir(parents=True)
+    np.save(experiment / "keep.npy", members[k])
+    np.save(experiment / "scores" / "0000000010.npy", scores[k] - 1)
+    np.save(experiment / "scores" / "0000000020.npy", scores[k])
+  found = attacking.read_scores(str(tmp_path))
+  np.testing.assert_array_equal(found["scores"], scores)
+  np.testing.assert_array_equal(found["members"], members[:, :50])
+  (tmp_path / f"experiment-0_{M}" / "keep.npy").unlink()
+  with pytest.raises(ValueError, match=r"keep\.npy cannot be read"):
+    attacking.read_scores(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["rmia", "loss"])
+def test_the_folder_of_privacy_meter(tmp_path, name):
+  """signals [E, M] of probabilities or losses become log-odds [M, E, 1]."""
+  rng = np.random.default_rng(7)
+  odds, members = 3 * rng.normal(size=(M, 40)), rng.random((M, 40)) < 0.5
+  p = 1 / (1 + np.exp(-odds))
+  for part in ("signals", "models"):
+    (tmp_path / part).mkdir()
+  np.save(tmp_path / "models" / "memberships.npy", members)
+  signals = tmp_path / "signals" / f"{name}_signals.npy"
+  np.save(signals, (p if name == "rmia" else -np.log(p)).T)
+  found = attacking.read_scores(str(tmp_path))
+  np.testing.assert_allclose(found["scores"][..., 0], odds, rtol=1e-9)
+  np.testing.assert_array_equal(found["members"], members)
+  np.save(signals, np.full((40, M), 2.0 if name == "rmia" else -2.0))
+  with pytest.raises(ValueError, match="holds no"):
+    attacking.read_scores(str(tmp_path))
+  signals.unlink()
+  with pytest.raises(ValueError, match="has neither experiment"):
+    attacking.read_scores(str(tmp_path))
