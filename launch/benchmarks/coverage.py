@@ -5,9 +5,9 @@
 Every study draws examples, models and membership anew, attacks with LiRA (pooled variance) by one
 of the two protocols, and asks for 95 % intervals. The truth is what so many studies find on
 average. Examples differ in how much they show, models in how much they memorise ("effect", the
-deviation of the models' memorising over its mean), so the targets of a study share something and differ in
-something. Also the paired difference between the target and a blurred version of it, and how often
-it is called one where there is none.
+deviation of the models' memorising over its mean), so the targets of a study share something and
+differ in something. Also the paired difference between the target and a blurred version of it, and
+how often it is called one where there is none.
 """
 
 import argparse

@@ -81,7 +81,7 @@ def draw(
     attack: which attack; default `records.main_attack(records)`.
     fpr: at which false-positive rate; default `records.solid_fpr(records)`.
   Returns:
-    Some of "roc", "privacy_utility", "last_layer", "exposure_overlap".
+    Some of "roc", "privacy_utility", "last_layer", "releases", "exposure_overlap".
   """
   rows = records_lib.side_by_side(records, attack=attack)
   fpr = records_lib.solid_fpr(records, attack=attack) if fpr is None else fpr
@@ -92,6 +92,10 @@ def draw(
     found["roc"] = roc(records, attack=attack)
   if fpr is not None and records_lib.sweeps(rows):
     found["last_layer"] = last_layer(records, attack=attack, fpr=fpr)
+  if fpr is not None and records_lib.select(
+    records, "leakage", attacker="releases", attack=attack or records_lib.main_attack(records)
+  ):
+    found["releases"] = releases(records, attack=attack, fpr=fpr)
   if any(record["method"] != "none" for record in records_lib.select(records, "exposure")):
     found["exposure_overlap"] = exposure_overlap(records)
   return found
@@ -232,6 +236,61 @@ def last_layer(
     handles += _attacker_handles(swept, marker="o")
     handles += [_line(INK, "full precision", linewidth=1)] if full else []
     _legend(figure, handles, note=_notes(_weak_note(rows, fpr), _broken_note(broken)))
+  return figure
+
+
+def releases(
+  records: Sequence[Record], *, attack: str | None = None, fpr: float | None = None
+) -> Figure:
+  """What publishing a quantized version beside full precision costs: TPR of both, by bit width.
+
+  A panel per method: the quantized version alone (best attacker), full precision alone (line), and
+  both together. Where the last layer was swept, its usual precision is drawn.
+
+  Raises:
+    ValueError: if nothing was attacked in both versions, or no TPR was recorded at the FPR.
+  """
+  attack = records_lib.main_attack(records) if attack is None else attack
+  fpr = _checked_fpr(records, attack, fpr)
+  both = {
+    records_lib.variant(record): record
+    for record in records_lib.select(records, "leakage", attacker="releases", attack=attack)
+  }
+  rows = records_lib.side_by_side(records, attack=attack)
+  full, quantized = _split(records_lib.main_rows(rows))
+  quantized = [row for row in quantized if row.variant in both]
+  if not quantized:
+    raise ValueError("no version was attacked together with full precision; nothing to draw.")
+  methods = list(dict.fromkeys(row.variant.method for row in quantized))
+  levels = _levels(quantized)[::-1]
+  with matplotlib.rc_context(_STYLE):
+    columns = 2 if len(methods) in (2, 4) else 3
+    figure, panels = _panels(len(methods), columns=columns, size=3.1, share=True)
+    for axes, method in zip(panels, methods, strict=True):
+      some = [row for row in quantized if row.variant.method == method]
+      some.sort(key=lambda row: levels.index(row.variant.levels))
+      x = [float(levels.index(row.variant.levels)) for row in some]
+      color = _method_color(method, methods)
+      _number_line(axes, x, [_tpr(row.counted, fpr) for row in some], color, dashed=True)
+      _number_line(axes, x, [_tpr(both[row.variant], fpr) for row in some], color)
+      for row in full:
+        value = _value(_tpr(row.counted, fpr))
+        if value is not None:
+          axes.axhline(value, color=INK, linewidth=1, zorder=1)
+      axes.set_title(_literal(records_lib.method_name(method)))
+      axes.set_xticks(range(len(levels)), [records_lib.bits(n) for n in levels])
+      axes.set_xlim(-0.4, len(levels) - 0.6)
+      axes.set_ylim(bottom=0)
+      axes.set_xlabel("bits of the weights")
+      if axes.get_subplotspec().is_first_col():
+        axes.set_ylabel(_rate_label(rows, fpr))
+    marks = {"marker": "o", "markersize": 5.5}
+    handles = [
+      _line(MUTED, "both published", **marks),
+      _line(MUTED, "quantized alone", linestyle=_DASHED, markerfacecolor=PAPER, **marks),
+      _line(INK, "full precision alone", linewidth=1),
+    ]
+    _legend(figure, handles, note=_weak_note(rows, fpr))
   return figure
 
 

@@ -34,6 +34,11 @@ CAPTIONS = {
     "Precision of the last layer",
     "The last layer alone is stored wider or narrower; all other layers stay the same.",
   ),
+  "releases": (
+    "Publishing two versions",
+    "Members found by an attacker who sees full precision and the quantized version of one model,"
+    " against each alone; the shadows are quantized alike.",
+  ),
   "exposure_overlap": (
     "Who is exposed",
     "Are the most exposed examples the same as at full precision? 1 means the same set.",

@@ -235,3 +235,24 @@ def test_every_method_and_width_has_its_own_colour(example):
   assert len({figures._method_color(m, methods) for m in methods}) == len(methods)
   levels = [256, 16, 8, 4, 3]
   assert len({figures._level_color(n, levels) for n in levels}) == len(levels)
+
+
+def test_releases_draw_both_versions_against_each_alone(example):
+  found = example.audit(attackers=("full_precision", "matched", "releases"))
+  figure = figures.draw(found, fpr=0.01)["releases"]
+  panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+  assert [axes.get_title(loc="left") for axes in panels] == ["Nearest", "AdaRound", "BRECQ", "OBC"]
+  lines = [line for line in panels[0].get_lines() if len(line.get_ydata()) == 3]
+  alone, both = lines[:2]
+  full = panels[0].get_lines()[-1]
+  rows = {row.variant: row for row in records.side_by_side(found)}
+  nearest = rows[records.Variant("nearest", 16, 16)]
+  assert alone.get_ydata()[-1] == pytest.approx(
+    100 * records.tpr_at(nearest.counted, 0.01)["value"]
+  )
+  [pair] = records.select(found, "leakage", method="nearest", levels=16, attacker="releases")
+  assert both.get_ydata()[-1] == pytest.approx(100 * records.tpr_at(pair, 0.01)["value"])
+  top = rows[records.Variant("none", None, None)]
+  assert full.get_ydata()[0] == pytest.approx(100 * records.tpr_at(top.counted, 0.01)["value"])
+  with pytest.raises(ValueError, match="nothing to draw"):
+    figures.releases(example.audit())
