@@ -6,6 +6,7 @@ Reads the scores of an audit, writes results.jsonl. Every quantized target meets
 """
 
 import datetime
+import functools
 import pathlib
 import zipfile
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ptq_jax.audit.preflight import MODELS_LEAVE_ONE_OUT
 from ptq_jax.base import as_members, as_scores
 from ptq_jax.data import duplicates
 from ptq_jax.metrics import intervals, leakage, roc
+from ptq_jax.models import call
 from ptq_jax.report import records
 from ptq_jax.report.records import Variant
 
@@ -518,9 +520,10 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
   """What ran, where, with what."""
   data, config = audit.dataset, audit.config
   count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
-  parameters = jax.eval_shape(
-    lambda: audit.model.init(jax.random.key(0), np.zeros((1, *data.image_shape), np.float32))
-  )["params"]
+  images = jax.ShapeDtypeStruct((1, *data.image_shape), np.float32)
+  parameters = jax.eval_shape(functools.partial(call.init, audit.model), jax.random.key(0), images)[
+    "params"
+  ]
   targets = config.train.targets
   return records.run(
     name=config.name,

@@ -33,7 +33,7 @@ from ptq_jax.attack import confidence
 from ptq_jax.audit import events, work
 from ptq_jax.audit.work import Chunk, Work
 from ptq_jax.data import augment, batches, load
-from ptq_jax.models import conv, predict, units
+from ptq_jax.models import call, conv, predict, units
 from ptq_jax.quantize import METHODS, pack, plan
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer
@@ -113,7 +113,9 @@ class Audit:
     """Layers of the model in execution order."""
     images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32)
     return units.layers(
-      self.model, jax.eval_shape(self.model.init, jax.random.key(0), images), images
+      self.model,
+      jax.eval_shape(functools.partial(call.init, self.model), jax.random.key(0), images),
+      images,
     )
 
   def method_options(self, method: str) -> dict:

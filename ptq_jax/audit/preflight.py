@@ -4,6 +4,7 @@ What can be known before training is refused before training: a setting that mak
 a model that do not fit, a workdir of another audit. Nothing in the workdir changes then.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from ptq_jax.attack import protocol
 from ptq_jax.audit import work
 from ptq_jax.audit.layout import FULL_PRECISION, Audit
 from ptq_jax.data import augment
-from ptq_jax.models import conv, parallel
+from ptq_jax.models import call, conv, parallel
 from ptq_jax.quantize import METHODS, grid
 from ptq_jax.train import shadows
 
@@ -297,8 +298,9 @@ def _check_model(audit):
   images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
   name = audit.config.model.name
   try:
-    variables = jax.eval_shape(audit.model.init, jax.random.key(0), images)
-    logits = jax.eval_shape(audit.model.apply, variables, images)
+    init, apply = (functools.partial(f, audit.model) for f in (call.init, call.apply))
+    variables = jax.eval_shape(init, jax.random.key(0), images)
+    logits = jax.eval_shape(apply, variables, images)
   except Exception as error:  # whatever a model of the user's raises
     reason = " ".join(str(error).split())[:300]
     raise ValueError(
