@@ -8,11 +8,11 @@ Command: bash launch/run audit --config configs/cifar100.py:protocol=fast --work
 
 protocol=fast (default): 16 models, each the target of the others, with recipe=fast: 20 epochs
   instead of 160, Muon for the kernels of convolutions, a triangular learning rate; bfloat16 on
-  accelerators. Leakage is less than after 160 epochs. To train takes 27 PFLOP, a
-  minute and a half at 300 TFLOP/s; to score all variants as much again.
+  accelerators. Leakage is less than after 160 epochs. To train takes 27 PFLOP
+  by count; to score all variants as much again.
 protocol=paper: 64 shadows and 10 targets, 160 epochs, and 20 000 steps of AdaRound and BRECQ for
-  every unit of every model. For several accelerators (--distributed): to train takes 1 EFLOP, an
-  hour at 300 TFLOP/s.
+  every unit of every model. To train takes 1 EFLOP by count:
+  for several accelerators (launch/slurm.sh, k8s.yaml).
 protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores, 26
   minutes (measured): accuracy 23.8 %, AUC .887, TPR 6.6 % at 0.1 % FPR in full precision, 2.8 to
   4.4 % at 1.58 bit. The table is in README.md.
@@ -20,158 +20,20 @@ protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two min
   compilation. The numbers mean nothing.
 recipe=fast or paper: how each model is trained, if not as the protocol has it, such as
   configs/cifar100.py:protocol=paper,recipe=fast for the paper's many models without a cluster.
-Times of fast and paper are computed, not measured; bash launch/run sweep --dry_run --config ...
---sweep seed=0 counts the operations of any config.
+Operations are counted, not timed: bash launch/run sweep --dry_run --config ... --sweep seed=0 does
+that for any config, and bench train says how many a second a device manages.
 
 The paper's numbers, LiRA online, test accuracy % / TPR at 0.1% FPR of one target (about +-4 %
 relative), at 4, 2 and 1.58 bit: full precision 70.05/.368 (AUC .946); AdaRound 70.05/.371,
 68.10/.201, 62.35/.003; BRECQ 70.04/.365, 69.64/.293, -/.001; OBC 70.05/.365, 68.07/.229,
 65.47/.019.
-configs/cifar10.py says which quirks of the paper's code protocol=paper has and which it has not.
+`protocols.paper` says which quirks of the paper's code protocol=paper has and which it has not.
 """
 
-from ptq_jax import settings
+from configs import protocols
 
 
 def get_config(arg=""):
   """The settings that differ from `settings.audit_defaults`; --help lists all."""
-  chosen = settings.parse_arg(arg, {"protocol": "fast", "recipe": ""})
-  protocol, recipe = chosen["protocol"], chosen["recipe"]
-  if protocol not in PROTOCOLS:
-    raise ValueError(f"protocol is {protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
-  if recipe and recipe not in RECIPES:
-    raise ValueError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}.")
-  config = settings.audit_defaults()
-  config.name = f"cifar100 {protocol}" + (f", {recipe} recipe" if recipe else "")
-  config.data.name = "cifar100"
-  for section, key in (
-    (config.train, "augmentation"),
-    (config.queries, "augmentation"),
-    (config.quantize, "calibration_augmentation"),
-  ):
-    section[key] = ("flip", "crop4")
-  PROTOCOLS[protocol](config)
-  if recipe:
-    RECIPES[recipe](config)
-  return config
-
-
-def fast_recipe(config):
-  """An eighth of the paper's steps; configs/cifar10.py says what it reaches there."""
-  config.train.epochs = 20
-  config.train.batch_size = 128
-  config.train.optimizer = "muon"
-  config.train.muon = dict(learning_rate=0.05, weight_decay=0.05, momentum=0.9)
-  config.train.learning_rate = 0.3
-  config.train.momentum = 0.9
-  config.train.nesterov = True
-  config.train.weight_decay = 1.7e-4
-  config.train.schedule = "triangular"
-  config.train.label_smoothing = 0.0
-
-
-def paper_recipe(config):
-  """Values that are defaults anyway stand here too, for it is a protocol."""
-  config.train.epochs = 160
-  config.train.batch_size = 128
-  config.train.optimizer = "sgd"
-  config.train.learning_rate = 0.1
-  config.train.momentum = 0.9
-  config.train.nesterov = False
-  config.train.weight_decay = 5e-4
-  config.train.schedule = "cosine"
-  config.train.label_smoothing = 0.0
-
-
-def fast(config):
-  """The fast recipe, and leave-one-out instead of 10 targets."""
-  fast_recipe(config)
-  config.model = dict(name="resnet18", dtype="auto")
-  config.train.models = 16
-  config.quantize.last_layer_levels = ("same", "usual")
-  config.quantize.calibration_size = 1024
-  # With 14 shadows a variance per example is a coarse guess; the pooled one is steady.
-  lira = ("lira_online_pooled", "lira_online", "lira_offline_pooled")
-  config.attack.attacks = (*lira, "rmia_online", "loss_threshold")
-
-
-def paper(config):
-  """The paper's protocol; here, too, with values that are defaults anyway."""
-  paper_recipe(config)
-  config.model = dict(name="resnet18", dtype="float32")
-  config.train.models = 64
-  config.train.targets = 10
-  config.queries.views = 2
-  config.quantize.methods = ("adaround", "brecq", "obc")
-  config.quantize.levels = (3, 4, 16)
-  config.quantize.last_layer_levels = ("usual",)
-  config.quantize.calibration_size = 2048
-  config.quantize.calibrate_on = "members"
-  common = dict(batch_size=32, warmup=0.2, beta_start=20.0, beta_end=2.0, decay_rates=(0.9, 0.999))
-  config.quantize.adaround = dict(
-    calibration_size=1024,
-    form="mini_batch",
-    stop="never",
-    mini_batch=dict(num_steps=20_000, learning_rate=1e-3, weight=1e-3, **common),
-    grid_options=dict(include_zero=False),
-  )
-  config.quantize.brecq = dict(
-    calibration_size=1024,
-    loss="mse",  # in the BRECQ paper "fisher"
-    form="mini_batch",
-    stop="never",
-    schedule=dict(num_steps=20_000, learning_rate=1e-3, weight=0.01, **common),
-    grid_options=dict(include_zero=False),
-  )
-  config.quantize.obc = dict(calibration_size=2048, damping=0.0, batchnorm="all")
-  lira = ("lira_online", "lira_online_reference")
-  lira += ("lira_offline_density", "lira_offline_density_reference")
-  config.attack.attacks = (*lira, "loss_threshold")
-
-
-def smoke(config):
-  """Every stage on next to nothing."""
-  config.data.pool_size = 200
-  config.data.test_size = 100
-  config.model = dict(name="resnet8", width=4, dtype="float32")
-  config.train.models = 6
-  config.train.models_per_chunk = 6
-  config.train.epochs = 4
-  config.train.batch_size = 25
-  config.quantize.levels = (3, 16)
-  config.quantize.last_layer_levels = ("usual",)
-  config.quantize.calibration_size = 32
-  config.attack.fprs = (0.1, 0.01)
-  config.attack.resamples = 100
-
-
-def small(config):
-  """The study on two CPU cores in half an hour: resnet8 on 8000 images, without augmentation.
-
-  Half as many epochs again as on CIFAR-10: after 16, 40 % of the members are classified right.
-  """
-  config.data.pool_size = 8000
-  config.data.test_size = 1000
-  config.model = dict(name="resnet8", width=16, dtype="float32")
-  config.train.augmentation = ()
-  config.train.models = 16
-  config.train.epochs = 24
-  config.train.batch_size = 64
-  config.train.learning_rate = 0.1
-  config.train.nesterov = True
-  config.train.schedule = "triangular"
-  config.queries.augmentation = ()
-  config.queries.views = 1
-  config.queries.batch_size = 64  # what stays in the cache of a CPU
-  config.quantize.levels = (3, 4, 16)
-  config.quantize.last_layer_levels = ("same",)
-  config.quantize.sweep_last_layer_at = (3,)
-  config.quantize.calibration_augmentation = ()
-  config.quantize.calibration_size = 512
-  # With 14 shadows a variance per example is a coarse guess; the pooled one is steady.
-  lira = ("lira_online_pooled", "lira_online", "lira_offline_pooled")
-  config.attack.attacks = (*lira, "rmia_online", "loss_threshold")
-
-
-PROTOCOLS = {"fast": fast, "paper": paper, "small": small, "smoke": smoke}
-RECIPES = {"fast": fast_recipe, "paper": paper_recipe}
+  # Half as many epochs again as on CIFAR-10: after 16, 40 % of the members are classified right.
+  return protocols.study(arg, data="cifar100", small_epochs=24)

@@ -6,7 +6,6 @@ Reads the scores of an audit, writes results.jsonl. Every quantized target meets
 """
 
 import datetime
-import functools
 import pathlib
 import zipfile
 from typing import NamedTuple
@@ -520,10 +519,9 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
   """What ran, where, with what."""
   data, config = audit.dataset, audit.config
   count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
-  images = jax.ShapeDtypeStruct((1, *data.image_shape), np.float32)
-  parameters = jax.eval_shape(functools.partial(call.init, audit.model), jax.random.key(0), images)[
-    "params"
-  ]
+  parameters = jax.eval_shape(
+    lambda: call.init(audit.model, jax.random.key(0), np.zeros((1, *data.image_shape), np.float32))
+  )["params"]
   targets = config.train.targets
   return records.run(
     name=config.name,

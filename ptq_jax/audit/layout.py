@@ -112,11 +112,8 @@ class Audit:
   def layers(self) -> list[units.Layer]:
     """Layers of the model in execution order."""
     images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32)
-    return units.layers(
-      self.model,
-      jax.eval_shape(functools.partial(call.init, self.model), jax.random.key(0), images),
-      images,
-    )
+    shapes = jax.eval_shape(functools.partial(call.init, self.model), jax.random.key(0), images)
+    return units.layers(self.model, shapes, images)
 
   def method_options(self, method: str) -> dict:
     """Options of a method's `quantize_stacked`, and how many images calibrate it."""

@@ -5,6 +5,7 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 """
 
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,11 +20,21 @@ from ptq_jax.audit import work
 from ptq_jax.audit.layout import FULL_PRECISION, Audit
 from ptq_jax.data import augment
 from ptq_jax.models import call, conv, parallel
-from ptq_jax.quantize import METHODS, grid
+from ptq_jax.quantize import METHODS, check_model, grid
 from ptq_jax.train import shadows
 
 MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
 """Fewest shadows with which every example has two on each side: all there, or a pair left out."""
+
+CHOICES = {
+  ("adaround", "form"): ("auto", "mini_batch", "second_moment"),
+  ("adaround", "stop"): ("plateau", "never"),
+  ("brecq", "form"): ("auto", "mini_batch"),
+  ("brecq", "stop"): ("plateau", "never"),
+  ("brecq", "loss"): ("mse", "fisher"),
+  ("obc", "batchnorm"): ("members", "all", "none"),
+}
+"""Values of options of methods that are words; the first is the default."""
 
 CPU_CHUNK = 16
 """Most models at once on a CPU, where more cost compilation and gain nothing."""
@@ -197,7 +208,11 @@ def check(audit: Audit) -> None:
   _check_data(audit)
   assert audit.recipe  # made here, so that a bad model or optimizer is known now
   _check_model(audit)
-  audit.plans(audit.variants())
+  plans = audit.plans(audit.variants())
+  if plans:
+    survey = check_model(audit.model, image_shape=audit.dataset.image_shape, plans=plans)
+    for kept in survey.kept:
+      audit.say(str(kept))
   members = len(audit.dataset.train_labels) // 2
   if config.quantize.calibration_size > members:
     audit.say(
@@ -278,6 +293,17 @@ def _check_quantize(audit):
   for variant in audit.variants():
     for levels in (variant.levels, variant.last_layer_levels or 2):
       grid.check_levels(levels)
+  for (method, option), choices in CHOICES.items():
+    value = quantize[method].get(option, choices[0])
+    if value not in choices:
+      raise ValueError(f"quantize.{method}.{option} is {value!r}; use one of {', '.join(choices)}.")
+  known = set(inspect.signature(grid.fit).parameters) - {"weights", "levels"}
+  for method in METHODS:
+    for option in quantize[method].get("grid_options", {}):
+      if option not in known:
+        raise ValueError(
+          f"quantize.{method}.grid_options has {option!r}; grid.fit takes {', '.join(sorted(known))}."
+        )
 
 
 def _check_data(audit):
@@ -298,9 +324,9 @@ def _check_model(audit):
   images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
   name = audit.config.model.name
   try:
-    init, apply = (functools.partial(f, audit.model) for f in (call.init, call.apply))
+    init = functools.partial(call.init, audit.model)
     variables = jax.eval_shape(init, jax.random.key(0), images)
-    logits = jax.eval_shape(apply, variables, images)
+    logits = jax.eval_shape(functools.partial(call.apply, audit.model), variables, images)
   except Exception as error:  # whatever a model of the user's raises
     reason = " ".join(str(error).split())[:300]
     raise ValueError(

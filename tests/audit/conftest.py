@@ -4,11 +4,12 @@ import ast
 import pathlib
 import shutil
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
 from ptq_jax import audit, settings, storage
-from ptq_jax.audit import preflight
+from ptq_jax.audit import preflight, reporting
 from ptq_jax.report import records
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -86,6 +87,21 @@ def assert_same(one, other):
     for name, array in arrays.items():
       np.testing.assert_array_equal(array, scores(other)[path][name], err_msg=f"{path} {name}")
   assert leakage(one) == leakage(other)
+
+
+@pytest.fixture(autouse=True)
+def few_figures(monkeypatch):
+  """Two small figures instead of all: they take most of the time, and have their own tests."""
+  monkeypatch.setattr(reporting.figures, "draw", lambda found: {n: small_figure() for n in FIGURES})
+
+
+FIGURES = ("roc", "privacy_utility")
+
+
+def small_figure():
+  figure = matplotlib.figure.Figure(figsize=(1, 1))
+  figure.add_subplot().plot([0, 1])
+  return figure
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,214 @@
+"""Every key with a bad value is refused before anything is computed, and nothing is spoilt."""
+
+import re
+
+import flax.linen as nn
+import numpy as np
+import pytest
+
+from ptq_jax import audit, settings, storage
+from ptq_jax.audit import layout, preflight
+from tests.audit.conftest import opened, tiny_config
+
+BAD = {
+  "data.name": ("cifar1", ""),
+  "data.path": ("nowhere", None),
+  "data.pool_size": (1, 100_000, 31),
+  "data.test_size": (0, 100_000),
+  "data.image_size": (0,),
+  "model.name": ("resnet9", "no_such_module:make"),
+  "train.models": (0, 4, 7),
+  "train.targets": (-1,),
+  "train.epochs": (0,),
+  "train.batch_size": (0, 31),
+  "train.optimizer": ("adam",),
+  "train.learning_rate": (-1.0,),
+  "train.momentum": (1.0,),
+  "train.weight_decay": (-1.0,),
+  "train.schedule": ("sometimes",),
+  "train.label_smoothing": (1.0, -0.1),
+  "train.augmentation": (("blur",),),
+  "train.models_per_chunk": (0, "all", 2.5),
+  "train.models_together": (0, "all"),
+  "train.lowering": ("fast",),
+  "train.checkpoint_minutes": (0.0, float("nan")),
+  "queries.views": (0,),
+  "queries.augmentation": (("blur",),),
+  "queries.batch_size": (0,),
+  "quantize.methods": (("gptq",),),
+  "quantize.levels": ((1,), (300,)),
+  "quantize.last_layer_levels": (("none",), (1,)),
+  "quantize.sweep_last_layer_at": ((1,),),
+  "quantize.overrides": (("nope=3",), ("stem",)),
+  "quantize.calibration_size": (0,),
+  "quantize.calibration_augmentation": (("blur",),),
+  "quantize.calibrate_on": ("all",),
+  "quantize.obc": ({"calibration_size": 11}, {"damp": 0.1}, {"batchnorm": "x"}),
+  "quantize.adaround": ({"form": "x"}, {"stop": "x"}, {"mini_batch": {"step": 1}}),
+  "quantize.brecq": ({"loss": "x"}, {"form": "x"}),
+  "quantize.nearest": ({"grid_options": {"nope": 1}},),
+  "attack.attacks": (("guess",), ()),
+  "attack.fprs": ((2.0,), (0.0,), ()),
+  "attack.resamples": (0,),
+  "attack.confidence": (0.0, 1.0, 2.0),
+  "attack.exposed_share": (0.0, 2.0),
+}
+"""Values that make no sense, by key; None and 31 stand for values that do."""
+
+HARMLESS = [("data.path", None), ("data.pool_size", 31), ("data.path", "nowhere")]
+CASES = [(k, v) for k, values in BAD.items() for v in values if (k, v) not in HARMLESS]
+
+
+@pytest.mark.parametrize(("key", "value"), CASES, ids=str)
+def test_a_bad_value_is_one_sentence_and_writes_nothing(tmp_path, key, value):
+  methods = ("nearest", "adaround", "brecq", "obc")
+  config = tiny_config(**({} if key == "quantize.methods" else {"quantize__methods": methods}))
+  *parents, name = key.split(".")
+  with config.unlocked():
+    settings.get(config, ".".join(parents))[name] = value
+  with pytest.raises((ValueError, FileNotFoundError, TypeError)) as caught:
+    preflight.open_audit(config, tmp_path / "run")
+  assert len(str(caught.value).splitlines()) == 1
+  assert not list((tmp_path / "run").rglob("*.npz"))
+
+
+def test_every_key_is_tried():
+  known = settings.dotted(settings.plain(settings.audit_defaults()))
+  free = {"name", "seed", "data.data_dir", "data.cache_dir"}
+  assert {key for key in known if "muon" not in key} - free <= BAD.keys()
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"train__epochs": 3}, "train.epochs is 3, was 2"),
+    ({"model__width": 3, "train__epochs": 3}, "model.width is 3, was 2; train.epochs is 3, was 2"),
+    ({"quantize__calibration_size": 11}, "quantize.calibration_size is 11, was 10"),
+    ({"queries__views": 1}, "queries.views is 1, was 2"),
+    ({"train__models": 6}, "has trained shadows 4 to 7, but train.models asks for 6"),
+    ({"data__pool_size": 40}, "pool_size is 40, was 60"),
+    ({"quantize__obc": {"damping": 0.1}, "quantize__calibrate_on": "non_members"}, "calibrate_on"),
+  ],
+)
+def test_another_config_is_refused_with_all_that_differs(copied, changes, sentence):
+  before = {path: path.read_bytes() for path in copied.rglob("*.*") if path.is_file()}
+  with pytest.raises(ValueError, match=re.escape(sentence)):
+    opened(copied, **changes)
+  assert {path: path.read_bytes() for path in before} == before
+
+
+def test_codes_that_were_deleted_do_not_make_old_scores_pass_for_new(copied):
+  for path in (copied / "quantized").rglob("*.npz"):
+    path.unlink()
+  with pytest.raises(ValueError, match="calibrate_on is non_members, was members"):
+    opened(copied, quantize__calibrate_on="non_members")
+
+
+def test_what_changes_no_result_may_change(copied, tmp_path):
+  audit_ = opened(
+    copied,
+    name="other",
+    train__models_per_chunk=2,
+    train__models_together=1,
+    train__checkpoint_minutes=1.0,
+    queries__batch_size=7,
+    data__cache_dir=str(tmp_path),
+    quantize__levels=(3, 4),
+    attack__confidence=0.9,
+  )
+  assert [len(chunk) for chunk in audit_.work.chunks] == [4, 4]
+  assert not audit_.pending(layout.Variant("obc", 3, 3), audit_.work.chunks[0])
+
+
+def test_scores_of_other_settings_are_made_anew_even_if_the_config_is_lost(copied):
+  (copied / "config.json").write_text("{}")
+  audit_ = opened(copied, quantize__calibrate_on="non_members")
+  variant, chunk = layout.Variant("obc", 3, 3), audit_.work.chunks[0]
+  assert "was made with other settings" in audit_.problem(variant, chunk)
+  assert audit_.problem(layout.FULL_PRECISION, chunk) is None
+
+
+def test_one_class_is_refused(tmp_path):
+  images = np.zeros((40, 8, 8, 1), np.uint8)
+  data = (images, np.zeros(40, int), images[:10], np.zeros(10, int))
+  with pytest.raises(ValueError, match="of one class only"):
+    audit.run(tiny_config(data__pool_size=None, data__test_size=None), workdir=tmp_path, data=data)
+
+
+class Valid(nn.Module):
+  """A network that needs images of 4 pixels."""
+
+  features: int = 3
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Conv(4, (4, 4), padding="VALID", name="first")(x)
+    return nn.Dense(self.features, name="last")(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(
+  ("size", "features", "sentence"),
+  [(1, 3, "too small for model|cannot take images"), (8, 5, "must give logits")],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path, size, features, sentence):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (40, size, size, 1), dtype=np.uint8)
+  data = (images, np.arange(40) % 3, images[:10], np.arange(10) % 3)
+  config = tiny_config(data__pool_size=None, data__test_size=None)
+  with pytest.raises(ValueError, match=sentence):
+    audit.run(config, workdir=tmp_path, data=data, model=Valid(features))
+
+
+def test_too_many_calibration_images_are_capped_aloud(tmp_path):
+  said = []
+  config = tiny_config(quantize__calibration_size=31)
+  opened_ = preflight.open_audit(config, tmp_path, listener=lambda e: said.append(e.sentence))
+  assert opened_.method_options("obc")["calibration_size"] == 30
+  assert "a model has 30 members" in "".join(said)
+
+
+@pytest.mark.parametrize("where", ["", ".", "gs://bucket/runs", "s3://bucket"])
+def test_workdirs_that_are_none(where):
+  with pytest.raises(ValueError, match="--workdir"):
+    storage.require_writable(where)
+
+
+def test_links_in_a_circle_are_one_sentence(tmp_path):
+  (tmp_path / "a").symlink_to(tmp_path / "b")
+  (tmp_path / "b").symlink_to(tmp_path / "a")
+  with pytest.raises(NotADirectoryError, match="cannot be written"):
+    storage.require_writable(tmp_path / "a")
+
+
+def test_a_setting_younger_than_the_workdir_takes_its_default(tmp_path):
+  opened(tmp_path)
+  document = storage.read_json(tmp_path / "models" / "work.json")
+  del document["training"]["train"]["optimizer"]
+  storage.write_json(tmp_path / "models" / "work.json", document)
+  opened(tmp_path)
+
+
+def test_what_auto_means_belongs_to_the_workdir(tmp_path, monkeypatch):
+  assert opened(tmp_path, model__dtype="auto").model.dtype == "float32"
+  opened(tmp_path, model__dtype="float32")
+  monkeypatch.setattr(layout.models.jax, "default_backend", lambda: "gpu")
+  with pytest.raises(ValueError, match=r"model\.dtype is bfloat16, was float32"):
+    opened(tmp_path, model__dtype="auto")
+
+
+def test_auto_gives_every_device_of_every_process_some_models(tmp_path, monkeypatch):
+  """64 models on 4 processes with 8 devices each."""
+  devices = [preflight.jax.local_devices()[0]] * 8
+  monkeypatch.setattr(preflight.jax, "local_devices", lambda: devices)
+  asked = []
+
+  def fits(*_, at_most, **__):
+    asked.append(at_most)
+    return min(at_most, 5)
+
+  monkeypatch.setattr(preflight.shadows, "largest_chunk", fits)
+  audit_ = layout.Audit(tiny_config(train__models_per_chunk="auto"), tmp_path, tmp_path)
+  shared = layout.dataclasses.replace(audit_, shard=layout.work.Shard(0, 4))
+  assert preflight.sizes(shared, 64).per_chunk == 16
+  assert preflight.sizes(audit_, 64).per_chunk == 40
+  assert asked == [2, 8]
