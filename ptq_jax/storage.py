@@ -217,7 +217,7 @@ def require_writable(directory: Path | str) -> Path:
     ValueError: for no name at all, or a URL.
     PermissionError, NotADirectoryError, OSError: one sentence, when nothing can be written there.
   """
-  if not str(directory).strip() or directory == Path():
+  if not str(directory).strip():
     raise ValueError("--workdir is empty; name the folder that everything is written to.")
   scheme = str(directory).partition(":/")
   if scheme[1] and len(scheme[0]) > 1 and scheme[0].isalnum():

@@ -60,6 +60,7 @@ def test_flags_and_configs_stay_at_the_border(path):
   assert not outer or path.name == "settings.py"
 
 
-def test_configs_import_no_sibling():
+def test_configs_share_their_protocols_and_nothing_else():
   for path in (PACKAGE.parent / "configs").glob("*.py"):
-    assert not [name for name in imported(path) if name.startswith("configs")]
+    siblings = {name for name in imported(path) if name.startswith("configs")}
+    assert siblings <= {"configs.protocols"}

@@ -6,6 +6,7 @@ Reads the scores of an audit, writes results.jsonl. Every quantized target meets
 """
 
 import datetime
+import functools
 import pathlib
 import zipfile
 from typing import NamedTuple
@@ -519,9 +520,9 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
   """What ran, where, with what."""
   data, config = audit.dataset, audit.config
   count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
-  parameters = jax.eval_shape(
-    lambda: call.init(audit.model, jax.random.key(0), np.zeros((1, *data.image_shape), np.float32))
-  )["params"]
+  image = jax.ShapeDtypeStruct((1, *data.image_shape), np.float32)
+  init = functools.partial(call.init, audit.model)
+  parameters = jax.eval_shape(init, jax.random.key(0), image)["params"]
   targets = config.train.targets
   return records.run(
     name=config.name,

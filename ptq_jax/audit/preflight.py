@@ -139,12 +139,13 @@ def _spoils(audit, key):
 
 
 def _younger(stored, current):
-  """Stored settings, with the present value of sections' keys that were unknown then."""
-  return {
-    key: _younger(stored[key], value) if isinstance(value, dict) else stored.get(key, value)
+  """Stored settings, with the present value of keys that were unknown then."""
+  known = {
+    key: _younger(stored[key], value) if isinstance(value, dict) else stored[key]
     for key, value in current.items()
     if key in stored
-  } | {key: value for key, value in stored.items() if key not in current}
+  }
+  return current | stored | known
 
 
 # ---- how models are divided ----
@@ -302,7 +303,7 @@ def _check_quantize(audit):
     for option in quantize[method].get("grid_options", {}):
       if option not in known:
         raise ValueError(
-          f"quantize.{method}.grid_options has {option!r}; grid.fit takes {', '.join(sorted(known))}."
+          f"quantize.{method}.grid_options has {option!r}; it may have {', '.join(sorted(known))}."
         )
 
 

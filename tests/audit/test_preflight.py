@@ -74,7 +74,7 @@ def test_a_bad_value_is_one_sentence_and_writes_nothing(tmp_path, key, value):
 
 def test_every_key_is_tried():
   known = settings.dotted(settings.plain(settings.audit_defaults()))
-  free = {"name", "seed", "data.data_dir", "data.cache_dir"}
+  free = {"name", "seed", "data.data_dir", "data.cache_dir", "train.nesterov"}
   assert {key for key in known if "muon" not in key} - free <= BAD.keys()
 
 
@@ -167,7 +167,7 @@ def test_too_many_calibration_images_are_capped_aloud(tmp_path):
   assert "a model has 30 members" in "".join(said)
 
 
-@pytest.mark.parametrize("where", ["", ".", "gs://bucket/runs", "s3://bucket"])
+@pytest.mark.parametrize("where", ["", " ", "gs://bucket/runs", "s3://bucket"])
 def test_workdirs_that_are_none(where):
   with pytest.raises(ValueError, match="--workdir"):
     storage.require_writable(where)

@@ -208,9 +208,9 @@ SLURM = {"SLURM_GPUS_ON_NODE": "8", "SLURM_LOCALID": "1"}
     (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, "1,5"),
     (SLURM | {"SLURM_NTASKS_PER_NODE": "8"}, "1"),
     (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "2,3"}, None),
-    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "1,3,5,7"),
+    (SLURM | {"SLURM_NTASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "1,3,5,7"),
   ],
-)  # fmt: skip
+)
 def test_the_tasks_of_a_node_share_all_of_its_gpus(environment, expected):
   assert work.own_gpus(environment) == expected
 
@@ -221,7 +221,7 @@ def test_more_tasks_than_gpus_are_refused():
 
 
 def test_ten_thousand_models_on_256_hosts(tmp_path):
-  """Stub stages: hosts take chunks in any order, a third of them dies; the rest and restarts end it."""
+  """Stub stages: some hosts die in between, the others go on, and restarts end it."""
   chunks = [Chunk("shadows", first, first + 16, 2) for first in range(0, 10_000, 16)]
   shards = [work.Shard(index, 256) for index in range(256)]
   owned = [shard.of(chunks) for shard in shards]
@@ -253,10 +253,8 @@ def test_processes_without_shards_take_what_is_free(tmp_path):
   def process():
     for chunk in chunks:
       try:
-        with work.locked(tmp_path / chunk.name, wait=False):
-          with lock:
-            if chunk in done:
-              continue
+        with work.locked(tmp_path / chunk.name, wait=False), lock:
+          if chunk not in done:
             done.append(chunk)
       except work.Busy:
         pass
