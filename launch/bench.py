@@ -1,6 +1,6 @@
 """Measures our code against a peer or a naive version in the same run and prints ratios.
 
-    bash launch/run bench attack|conv|coverage|kills|obc|quantize|train [flags of that benchmark]
+    bash launch/run bench attack|conv|coverage|faults|kills|obc|quantize|train [flags of that benchmark]
 
 Each benchmark is a module of launch/benchmarks with its own --help. Times on a shared machine are
 noisy: quote the ratios, and the hardware they come from.

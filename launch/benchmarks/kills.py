@@ -3,13 +3,16 @@
     bash launch/run bench kills [--times 20] [--config configs/smoke.py] [--seed 0]
         [--config.KEY=VALUE ...]
 
-One audit runs through. Then fresh ones are killed (SIGKILL) at moments drawn evenly from the time
-that the first took, each started again until it gets to its end, until --times kills have been
-dealt out. Every score of every model in every variant must be the same. Exits with 1 if not.
+One audit runs through. Then fresh ones get a signal (SIGKILL, SIGTERM, SIGINT or SIGHUP; to the
+process or to its whole group) at moments drawn evenly from the time that the first took, each
+started again until it gets to its end, until --times signals have been dealt out. Every score of
+every model in every variant must be the same. Exits with 1 if not.
 """
 
 import argparse
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,8 @@ from ptq_jax import storage
 from ptq_jax.audit import events
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(argv: list[str]) -> None:
@@ -40,32 +45,32 @@ def main(argv: list[str]) -> None:
     with events.Stage(progress.Lines(), "kills", options.times) as stage:
       while killed < options.times:
         workdir = pathlib.Path(folder, f"killed-{rounds}")
-        moments = _run_with_kills(command, workdir, rng, seconds, options.times - killed)
+        dealt = _run_with_kills(command, workdir, rng, seconds, options.times - killed)
         difference = _largest_difference(expected, _scores(workdir))
-        worst, killed, rounds = max(worst, difference), killed + len(moments), rounds + 1
-        when = ", ".join(f"{moment:.1f}" for moment in moments) or "never"
-        stage.say(f"killed after {when} s: largest difference {difference:.3g}")
-        stage.advance(len(moments))
-  print(f"{killed} kills in {rounds} audits; largest difference of a score {worst:.3g}")
+        worst, killed, rounds = max(worst, difference), killed + len(dealt), rounds + 1
+        stage.say(f"{', '.join(dealt) or 'no signal'}: largest difference {difference:.3g}")
+        stage.advance(len(dealt))
+  print(f"{killed} signals in {rounds} audits; largest difference of a score {worst:.3g}")
   if worst:
     sys.exit(1)
 
 
-def _run_with_kills(command, workdir, rng, seconds, at_most) -> list[float]:
-  """Starts an audit until it ends by itself; the seconds after which each run was killed."""
-  moments: list[float] = []
-  while len(moments) < at_most:
-    moment = rng.uniform(0, seconds)
+def _run_with_kills(command, workdir, rng, seconds, at_most) -> list[str]:
+  """Starts an audit until it ends by itself; the signals that it got, and after how long."""
+  dealt: list[str] = []
+  while len(dealt) < at_most:
+    moment, number = rng.uniform(0, seconds), SIGNALS[rng.integers(len(SIGNALS))]
+    group = bool(rng.integers(2))
     process = _start(command, workdir)
     try:
       _wait(process, timeout=moment)
-      return moments
+      return dealt
     except subprocess.TimeoutExpired:
-      process.kill()
+      (os.killpg if group else os.kill)(process.pid, number)
       process.communicate()
-      moments.append(moment)
+      dealt.append(f"{number.name}{' to the group' if group else ''} after {moment:.1f} s")
   _finish(command, workdir)
-  return moments
+  return dealt
 
 
 def _start(command, workdir) -> subprocess.Popen:
@@ -75,6 +80,7 @@ def _start(command, workdir) -> subprocess.Popen:
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
+    start_new_session=True,
   )
 
 
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  flags.add_argument("--times", type=int, default=20, help="kills in all")
+  flags.add_argument("--times", type=int, default=20, help="signals in all")
   flags.add_argument("--config", default="configs/smoke.py")
   flags.add_argument("--seed", type=int, default=0)
   return flags
