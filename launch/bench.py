@@ -1,8 +1,9 @@
 """Measures our code against a peer or a naive version in the same run and prints ratios.
 
-    bash launch/run bench attack|conv|coverage|faults|kills|obc|quantize|train [flags of that benchmark]
+    bash launch/run bench NAME [flags of that benchmark]
 
-Each benchmark is a module of launch/benchmarks with its own --help. Times on a shared machine are
+Each benchmark is a module of launch/benchmarks with its own --help: attack, conv, coverage, faults,
+kills, obc, quantize, train. Times on a shared machine are
 noisy: quote the ratios, and the hardware they come from.
 """
 
