@@ -4,6 +4,7 @@ M models, E examples, V views (augmented queries), C classes. The letters stand 
 strings: `Float[ArrayLike, "M E V"]`. Stacked models have the model axis first.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,24 @@ def as_members(members, *, name: str = "members"):
   return members.astype(bool)
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""First characters with which a spreadsheet takes a cell of text for a formula."""
+
+
+def csv_cell(value: Any) -> Any:
+  """A cell of CSV: text that a spreadsheet would run is quoted with an apostrophe.
+
+  >>> csv_cell("=cmd|x"), csv_cell("-1.5"), csv_cell(-1.5)
+  ("'=cmd|x", '-1.5', -1.5)
+  """
+  if not isinstance(value, str) or not value.startswith(FORMULA):
+    return value
+  with contextlib.suppress(ValueError):
+    float(value)
+    return value
+  return f"'{value}"
+
+
 __all__ = [
   "Array",
   "ArrayLike",
@@ -103,6 +122,7 @@ __all__ = [
   "Variables",
   "as_members",
   "as_scores",
+  "csv_cell",
   "is_traced",
   "on_device",
 ]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ptq_jax.base import PyTree
+from ptq_jax.base import PyTree, csv_cell
 
 Path = pathlib.Path
 
@@ -129,24 +129,6 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
       raise CorruptFileError(f"{path}, line {number} is not a JSON object.")
     records.append(record)
   return records
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""First characters with which a spreadsheet takes a cell of text for a formula."""
-
-
-def csv_cell(value: Any) -> Any:
-  """A cell of CSV: text that a spreadsheet would run is quoted with an apostrophe.
-
-  >>> csv_cell("=cmd|x"), csv_cell("-1.5"), csv_cell(-1.5)
-  ("'=cmd|x", '-1.5', -1.5)
-  """
-  if not isinstance(value, str) or not value.startswith(FORMULA):
-    return value
-  with contextlib.suppress(ValueError):
-    float(value)
-    return value
-  return f"'{value}"
 
 
 def write_csv(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ptq_jax.base import csv_cell
 from ptq_jax.report import records as records_lib
 from ptq_jax.report.records import Record, Row
 
@@ -299,7 +300,7 @@ def to_csv(records: Sequence[Record]) -> str:
   Columns are the fields of the record; a number takes four (itself, `_low`, `_high`, `_interval`).
   TPR columns are named by FPR and rule, precision columns by prior and FPR, parts of an entry by
   their path. Full precision is written "full", what is missing is empty. Rates are fractions in
-  [0, 1]. The ROC curves are left out.
+  [0, 1]. The ROC curves are left out. Text that a spreadsheet would run is quoted: `csv_cell`.
   """
   leakage = [record for record in records if record["kind"] == "leakage"]
   leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
@@ -307,8 +308,8 @@ def to_csv(records: Sequence[Record]) -> str:
   out = io.StringIO()
   names = list(dict.fromkeys(name for row in rows for name in row))
   writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
+  writer.writerow({name: csv_cell(name) for name in names})
+  writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
   return out.getvalue()
 
 

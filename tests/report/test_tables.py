@@ -200,6 +200,13 @@ def test_csv_has_the_parts_of_an_entry(example):
   assert f"{name}_rule" not in line
 
 
+def test_csv_quotes_text_that_starts_a_formula(example):
+  record = dict(example.leakage(), members="=cmd|' /C calc'!A0", auc=records.number(-0.5))
+  [line] = csv.DictReader(io.StringIO(tables.to_csv([record])))
+  assert line["members"] == "'=cmd|' /C calc'!A0"
+  assert line["auc"] == "-0.5"
+
+
 def test_csv_leaves_missing_numbers_empty(example):
   record = dict(example.leakage(), auc=records.number(None))
   [line] = csv.DictReader(io.StringIO(tables.to_csv([record, example.run()])))
