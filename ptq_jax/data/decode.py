@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ptq_jax.base import UInt8
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What Pillow may take a file for. Its other readers hand files to programs (EPS: Ghostscript)."""
 
 CHUNK = 256  # images per task: enough that handing out tasks costs nothing
 
@@ -31,7 +34,7 @@ def images(
     image_size: None keeps the size; a number scales the shorter side to it and cuts out the middle
       square.
   Raises:
-    ValueError: names an image that cannot be decoded, has 16-bit pixels, or has another size.
+    ValueError: names an image that `decode` refuses or that has another size.
   """
   first_name, first_bytes = next(iter(fetch(0, 1)))
   first = decode(first_bytes, name=first_name, num_channels=num_channels, image_size=image_size)
@@ -61,21 +64,34 @@ def images(
 def decode(
   encoded: bytes, *, name: str, num_channels: int, image_size: int | None
 ) -> UInt8[np.ndarray, "H W C"]:
-  """One image.
+  """One image, turned as its EXIF orientation says; what is transparent becomes white.
+
+  Where a fourth channel is wanted, transparency stays as it is.
 
   Raises:
-    ValueError: if it cannot be decoded or has more than 8 bits per channel; `name` is in the text.
+    ValueError: if it is of none of `FORMATS`, cannot be decoded or has more than 8 bits per
+      channel; `name` is in the text.
   """
   try:
-    image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    deep = image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile)
     image.load()
+    image = ImageOps.exif_transpose(image)
+  except UnidentifiedImageError as error:
+    raise ValueError(
+      f"image {name!r} cannot be decoded: it is none of {', '.join(FORMATS)}, whatever its name "
+      "says; convert or remove it."
+    ) from error
   except Exception as error:  # a decoder meets broken bytes with almost any exception
     raise ValueError(f"image {name!r} cannot be decoded ({error}); repair or remove it.") from error
-  if image.mode.startswith(("I", "F")):
+  if deep:
     raise ValueError(
       f"image {name!r} has pixels of more than 8 bits (Pillow mode {image.mode!r}); convert it to "
       "8 bits per channel."
     )
+  if num_channels < 4 and image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
   image = _scaled(image.convert(MODES[num_channels]), image_size)
   return np.asarray(image, np.uint8).reshape(image.height, image.width, num_channels)
 

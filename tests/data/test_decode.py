@@ -1,4 +1,7 @@
 import io
+import struct
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -50,11 +53,63 @@ def test_an_undecodable_image_is_named():
       run([*good, ("bad/one.png", broken)])
 
 
-def test_deep_pixels_are_refused():
+def saved(image, form="PNG", **options):
+  """Bytes of a Pillow image."""
   buffer = io.BytesIO()
-  Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(buffer, "PNG")
-  with pytest.raises(ValueError, match="'deep' has pixels of more than 8 bits"):
-    run([("deep", buffer.getvalue())])
+  image.save(buffer, form, **options)
+  return buffer.getvalue()
+
+
+def deep_rgb():
+  """A PNG of one pixel with 3 x 16 bits, which Pillow does not write."""
+
+  def chunk(kind, data):
+    crc = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+  header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+  pixels = chunk(b"IDAT", zlib.compress(bytes(7)))
+  return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+def test_deep_pixels_are_refused():
+  gray = saved(Image.fromarray(np.full((4, 4), 40000, np.uint16)))
+  for deep in (gray, deep_rgb()):
+    with pytest.raises(ValueError, match="'deep' has pixels of more than 8 bits"):
+      run([("deep", deep)])
+
+
+def test_only_known_formats_reach_a_decoder(monkeypatch):
+  def never(*_, **__):
+    raise AssertionError("a program was started")
+
+  monkeypatch.setattr(subprocess, "Popen", never)
+  monkeypatch.setattr(subprocess, "check_call", never)
+  image = Image.fromarray(pictures.random_images(1)[0])
+  for form in ("EPS", "TGA", "ICO", "PCX"):
+    with pytest.raises(ValueError, match=r"'cat/x.jpg' cannot be decoded: it is none of PNG, JPEG"):
+      run([("cat/x.jpg", saved(image, form))])
+  for form in ("PNG", "BMP", "PPM", "TIFF", "WEBP"):
+    options = {"lossless": True} if form == "WEBP" else {}
+    np.testing.assert_array_equal(run([("x", saved(image, form, **options))])[0], image)
+
+
+def test_exif_orientation_is_followed():
+  pixels = pictures.random_images(1, size=6)[0][:4]
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+  turned = run([("photo", saved(Image.fromarray(pixels), exif=exif))])[0]
+  np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+
+
+def test_transparent_pixels_become_white():
+  pixels = np.full((2, 2, 4), 90, np.uint8)
+  pixels[..., 3] = [[255, 0], [0, 255]]
+  rgba = saved(Image.fromarray(pixels))
+  np.testing.assert_array_equal(run([("a", rgba)])[0, ..., 0], [[90, 255], [255, 90]])
+  np.testing.assert_array_equal(run([("a", rgba)], num_channels=4)[0], pixels)
+  palette = saved(Image.fromarray(np.eye(2, dtype=np.uint8)).convert("P"), transparency=0)
+  assert (run([("p", palette)])[0, 0, 1] == 255).all()
 
 
 def test_images_of_two_sizes_are_refused_unless_scaled():
