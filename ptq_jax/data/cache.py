@@ -17,6 +17,7 @@ from ptq_jax.data.splits import Splits
 
 FORMAT = 2  # raise it when decoding changes what the arrays hold
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+TEXT = ("class_names", "notes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def cache_path(
   name = f"{source.stem}-{source.kind}{size}.uint8.npz"
   if cache_dir is None:
     return source.folder / name
-  place = hashlib.sha256(str(source.folder.resolve()).encode()).hexdigest()[:8]
+  place = hashlib.sha256(os.fsencode(source.folder.resolve())).hexdigest()[:8]
   return pathlib.Path(cache_dir).expanduser() / f"{place}-{name}"
 
 
@@ -75,7 +76,8 @@ def _read(path: pathlib.Path, fingerprint: str) -> Splits | None:
       if str(archive["fingerprint"]) != fingerprint:
         return None
       arrays = {name: archive[name] for name in ARRAYS}
-      return Splits(**arrays, class_names=tuple(str(each) for each in archive["class_names"]))
+      text = {name: tuple(str(each) for each in archive[name]) for name in TEXT}
+      return Splits(**arrays, **text)
   except Exception as error:  # a damaged file fails in many ways, all with the same remedy
     warnings.warn(f"the cache {str(path)!r} is damaged ({error}); decoding again.", stacklevel=5)
     return None
@@ -84,11 +86,12 @@ def _read(path: pathlib.Path, fingerprint: str) -> Splits | None:
 def _write(path: pathlib.Path, fingerprint: str, splits: Splits) -> None:
   """Writes the arrays, all or nothing; warns where that is impossible."""
   arrays = {name: getattr(splits, name) for name in ARRAYS}
+  arrays |= {name: np.array(getattr(splits, name), np.str_) for name in TEXT}
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "xb") as file:
-      np.savez(file, **arrays, class_names=np.array(splits.class_names), fingerprint=fingerprint)
+      np.savez(file, **arrays, fingerprint=fingerprint)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)

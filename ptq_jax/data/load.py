@@ -4,13 +4,12 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 
 from ptq_jax.base import Float, Int, UInt8
-from ptq_jax.data import cache, decode, image_folder, splits, tfds_sets, tiny_imagenet
+from ptq_jax.data import cache, decode, image_folder, npz, splits, tfds_sets, tiny_imagenet
 from ptq_jax.data.splits import Splits
 
 DIGITS_TEST_SIZE = 299
@@ -173,14 +172,7 @@ def read_npz(path: str | os.PathLike) -> Splits:
   if not path.is_file():
     raise FileNotFoundError(f"there is no file {str(path)!r} for the dataset 'npz'.")
   keys = ("x_train", "y_train", "x_test", "y_test")
-  try:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-      arrays = {key: archive[key] for key in archive.files if key in (*keys, "class_names")}
-      present = archive.files
-  except (zipfile.BadZipFile, EOFError, OSError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"{path} is not a whole .npz file of plain arrays ({error}); write it again with `np.savez`."
-    ) from error
+  arrays, present = npz.read(path, keys, text=("class_names",))
   missing = [key for key in keys if key not in present]
   if missing:
     raise ValueError(
@@ -188,7 +180,7 @@ def read_npz(path: str | os.PathLike) -> Splits:
       f"{', '.join(present) or 'none'}."
     )
   names = arrays.get("class_names")
-  class_names = None if names is None else tuple(str(each) for each in names)
+  class_names = None if names is None else tuple(str(each) for each in names.ravel())
   return splits.checked(
     *(arrays[key] for key in keys), class_names=class_names, source=str(path), names=keys
   )
@@ -203,7 +195,7 @@ def _select(
   name: str, source: Splits, *, pool_size: int | None, test_size: int | None, seed: int
 ) -> Dataset:
   """The pool and the test examples of a source, with statistics."""
-  notes = []
+  notes = list(source.notes)
   num_train, num_test = len(source.train_labels), len(source.test_labels)
   pool_size = num_train if pool_size is None else pool_size
   test_size = num_test if test_size is None else test_size
@@ -275,5 +267,5 @@ def fingerprint(*arrays: np.ndarray, class_names: tuple[str, ...]) -> str:
   for array in arrays:
     digest.update(f"{array.shape} {array.dtype.str} ".encode())
     digest.update(np.ascontiguousarray(array))
-  digest.update("\n".join(class_names).encode())
+  digest.update("\n".join(class_names).encode(errors="surrogateescape"))
   return digest.hexdigest()

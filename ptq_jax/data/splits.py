@@ -16,6 +16,7 @@ class Splits:
   test_images: UInt8[np.ndarray, "T H W C"]  # the same image shape
   test_labels: Int[np.ndarray, "T"]  # int32
   class_names: tuple[str, ...]  # by label
+  notes: tuple[str, ...] = ()  # sentences on what was found and not read
 
 
 def checked(
@@ -26,6 +27,7 @@ def checked(
   *,
   class_names: tuple[str, ...] | None,
   source: str,
+  notes: tuple[str, ...] = (),
   names: tuple[str, str, str, str] = (
     "the training images",
     "the training labels",
@@ -39,10 +41,12 @@ def checked(
     train_images: and the other three; labels [N] or [N, 1] of any integer type.
     class_names: None names the classes 0, 1, ... up to the largest training label.
     source: where the arrays come from, for messages.
+    notes: of the result.
     names: what messages call the four arrays.
   Raises:
     ValueError: for images that are not uint8 [N, H, W, C], NaN, no examples, labels that are not
-      integers or not one per image or outside the classes, or splits of two image shapes.
+      integers or not one per image or outside the classes, more unnamed classes than training
+      images, or splits of two image shapes.
   """
   _check_images(train_images, name=names[0], source=source)
   _check_images(test_images, name=names[2], source=source)
@@ -54,7 +58,10 @@ def checked(
   train_labels = _labels(train_labels, len(train_images), name=names[1], source=source)
   test_labels = _labels(test_labels, len(test_images), name=names[3], source=source)
   if class_names is None:
-    class_names = tuple(str(label) for label in range(int(train_labels.max()) + 1))
+    largest = max(0, int(train_labels.max()))
+    if largest >= len(train_images):
+      _check_range(train_labels, len(train_images), name=names[1], source=source, unnamed=True)
+    class_names = tuple(str(label) for label in range(largest + 1))
   for labels, name in ((train_labels, names[1]), (test_labels, names[3])):
     _check_range(labels, len(class_names), name=name, source=source)
   return Splits(
@@ -63,6 +70,7 @@ def checked(
     np.ascontiguousarray(test_images),
     test_labels.astype(np.int32),
     class_names,
+    notes,
   )
 
 
@@ -105,11 +113,14 @@ def _labels(labels: np.ndarray, num_images: int, *, name: str, source: str) -> n
   return labels
 
 
-def _check_range(labels: np.ndarray, num_classes: int, *, name: str, source: str) -> None:
-  """Raises for a label outside 0 .. num_classes - 1."""
+def _check_range(
+  labels: np.ndarray, num_classes: int, *, name: str, source: str, unnamed: bool = False
+) -> None:
+  """Raises for a label outside 0 .. num_classes - 1; `unnamed`: there is one image per class."""
   bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
   if bad.size:
+    classes = f"{num_classes} images and no class_names" if unnamed else f"{num_classes} classes"
     raise ValueError(
       f"{source}: {name} hold {labels[bad[0]]} at index {bad[0]} (and {bad.size - 1} more outside "
-      f"the range); with {num_classes} classes labels go from 0 to {num_classes - 1}."
+      f"the range); with {classes} labels go from 0 to {num_classes - 1}."
     )

@@ -1,5 +1,10 @@
 import dataclasses
+import io
 import re
+import struct
+import warnings
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -155,7 +160,14 @@ def with_nan():
     ({"y_train": np.zeros(10)}, "y_train are float64; pass integers"),
     ({"y_train": np.zeros(9, int)}, r"y_train have the shape \(9,\) for 10 images"),
     ({"y_train": np.zeros((10, 3), int)}, r"y_train have the shape \(10, 3\)"),
-    ({"y_train": np.array([{}] * 10)}, "not a whole .npz file"),
+    ({"y_train": np.array([{}] * 10)}, "y_train is an array of type object; save it as a plain"),
+    ({"y_train": np.array(list("ab" * 5))}, "y_train is an array of type <U1; .* of numbers"),
+    ({"class_names": np.array(["a", "b", None])}, "class_names is .* object; .* plain text"),
+    ({"y_train": np.arange(10) + 2**40}, "y_train hold 1099511627776 at index 0 .*10 images"),
+    ({"y_train": np.arange(10) + 10**9}, r"y_train hold 1000000000 at index 0 \(and 9 more"),
+    ({"y_train": np.arange(10) % 3 + 0.5}, "y_train are float64; pass integers"),
+    ({"y_test": np.full(5, 2**40)}, "y_test hold 1099511627776 at index 0 .* 3 classes"),
+    ({"y_train": np.full(10, 2**63, np.uint64)}, "y_train hold 9223372036854775808 at index 0"),
   ],
 )
 def test_a_wrong_npz_is_refused(npz, changes, message):
@@ -163,6 +175,52 @@ def test_a_wrong_npz_is_refused(npz, changes, message):
   with pytest.raises(ValueError, match=message) as caught:
     load.load("npz", path=path)
   assert str(path) in str(caught.value)
+  assert "delete" not in str(caught.value)
+
+
+def npy(array):
+  """Bytes of an .npy file."""
+  buffer = io.BytesIO()
+  np.save(buffer, array)
+  return buffer.getvalue()
+
+
+def write_members(path, members):
+  """An .npz of (name, bytes), names twice included."""
+  with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    warnings.simplefilter("ignore")  # of the duplicate name
+    for name, contents in members:
+      archive.writestr(name, contents)
+  return path
+
+
+def test_an_array_twice_in_an_npz_is_refused(tmp_path):
+  members = [(f"{key}.npy", npy(array)) for key, array in npz_arrays().items()]
+  for name in ("y_train.npy", "y_train"):
+    path = write_members(tmp_path / "set.npz", [*members, (name, npy(np.zeros(10, int)))])
+    with pytest.raises(ValueError, match=r"set.npz' holds 'y_train' twice"):
+      load.load("npz", path=path)
+
+
+def test_an_npz_header_must_agree_with_what_is_stored(tmp_path, monkeypatch):
+  monkeypatch.setattr(np.lib.format, "read_array", None)  # it would ask for the memory
+  contents = npy(np.zeros((10, 8, 8, 3), np.uint8))
+  larger = contents.replace(b"(10, 8, 8, 3), ", b"(9**9, 8, 8, 3)").replace(b"9**9", b"9999")
+  assert len(larger) == len(contents)
+  path = write_members(tmp_path / "set.npz", [("x_train.npy", larger)])
+  with pytest.raises(ValueError, match=r"set.npz: x_train .* damaged \(1919936 bytes declared"):
+    load.load("npz", path=path)
+
+
+def test_an_npz_member_of_another_length_is_refused(tmp_path):
+  """Its directory says how long it is, and here as many bytes as that would pass every check."""
+  array = npy(np.zeros((10, 8, 8, 3), np.uint8))
+  path = write_members(tmp_path / "set.npz", [("x_train.npy", array + b"more")])
+  whole, part = (struct.pack("<I", zlib.crc32(each)) for each in (array + b"more", array))
+  lengths = [struct.pack("<I", len(array) + more) for more in (4, 0)]
+  path.write_bytes(path.read_bytes().replace(whole, part).replace(*lengths))
+  with pytest.raises(ValueError, match=r"x_train .* damaged \(longer than declared|CRC"):
+    load.load("npz", path=path)
 
 
 def test_a_broken_npz_is_refused(npz, tmp_path):
