@@ -172,6 +172,12 @@ def _walk(folder: os.PathLike | str, prefix: str, above: tuple[str, ...]) -> Ite
     for entry in entries:
       if entry.name.startswith("."):
         continue
+      broken = entry.is_symlink() and not os.path.exists(entry.path)
+      if broken or not (entry.is_dir() or entry.is_file()):
+        raise ValueError(
+          f"{entry.path!r} is {'a broken link' if broken else 'no regular file'}; repair it or "
+          "take it out of the folder."
+        )
       if entry.is_dir():
         real = os.path.realpath(entry.path)
         if real in above:
@@ -181,11 +187,6 @@ def _walk(folder: os.PathLike | str, prefix: str, above: tuple[str, ...]) -> Ite
           )
         yield f"{prefix}{entry.name}/", 0, 0
         yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
-      elif not entry.is_file():
-        raise ValueError(
-          f"{entry.path!r} is a broken link or no file at all; repair it or take it out of the "
-          "folder."
-        )
       else:
         stat = entry.stat()
         yield f"{prefix}{entry.name}", stat.st_size, stat.st_mtime_ns

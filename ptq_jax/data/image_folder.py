@@ -16,7 +16,8 @@ def source(path: str | os.PathLike) -> Source:
   """The images at a path, a folder or a zip archive of one; grayscale images become RGB.
 
   Classes are the folder names in train/, in alphabetical order; images may lie deeper. Of test/,
-  val/ and validation/ the first that holds images is the test split.
+  val/ and validation/ the first with images in folders of these classes is the test split. What is
+  left out (folders and files without images, other splits) is said in the notes.
 
   Raises:
     FileNotFoundError: if there is nothing there.
@@ -37,19 +38,16 @@ def read(files: Files, *, image_size: int | None) -> Splits:
 
   Raises:
     FileNotFoundError: for missing training or test images.
-    ValueError: for an image outside the class folders, a test class without training images, or an
-      image that cannot be decoded.
+    ValueError: for an image outside the class folders, a test class without training images,
+      training images in two places, or an image that cannot be decoded.
   """
   root = _root(files)
   train = _by_class(files, f"{root}train/")
-  test = next(filter(None, (_by_class(files, f"{root}{name}/") for name in TEST_FOLDERS)), None)
-  if test is None:
-    raise FileNotFoundError(
-      f"{str(files.path)!r} has no test images; put them into {root}test/<class>/ or "
-      f"{root}val/<class>/."
-    )
-  class_names = tuple(sorted({name for _, name in train}))
-  label_of = {name: label for label, name in enumerate(class_names)}
+  folders = tuple(sorted({name for _, name in train}))
+  test_folder = _test_folder(files, root, folders)
+  test = _by_class(files, test_folder)
+  label_of = {name: label for label, name in enumerate(folders)}
+  class_names = tuple(map(_readable, folders))
   unknown = [(image, name) for image, name in test if name not in label_of]
   if unknown:
     raise ValueError(
@@ -60,19 +58,85 @@ def read(files: Files, *, image_size: int | None) -> Splits:
   for examples in (train, test):
     arrays.append(files.decoded([image for image, _ in examples], image_size=image_size))
     arrays.append(np.array([label_of[name] for _, name in examples], np.int32))
-  return splits.checked(*arrays, class_names=class_names, source=str(files.path))
+  notes = _notes(files, f"{root}train/", test_folder, folders)
+  return splits.checked(*arrays, class_names=class_names, source=str(files.path), notes=notes)
 
 
 def _root(files: Files) -> str:
-  """What stands before "train/" in the names of training images, the shortest if there are more."""
-  roots = {name.split("train/")[0] for name in files.images_below("") if "train/" in name}
-  roots = {root for root in roots if root == "" or root.endswith("/")}
-  if not roots:
+  """What stands before the first folder "train" in the names of images, of those the highest.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    ValueError: if there are two.
+  """
+  paths = [name.split("/") for name in files.images_below("")]
+  roots = {tuple(path[: path.index("train")]) for path in paths if "train" in path[:-1]}
+  highest = sorted(root for root in roots if len(root) == min(map(len, roots)))
+  if not highest:
     raise FileNotFoundError(
       f"{str(files.path)!r} has no training images; put them into train/<class>/ and test images "
       "into test/<class>/."
     )
-  return min(roots, key=len)
+  if len(highest) > 1:
+    first, second = ("/".join((*root, "train")) for root in highest[:2])
+    raise ValueError(
+      f"{str(files.path)!r} has training images in both {first!r} and {second!r}; give the folder "
+      "that holds one of them as the path."
+    )
+  return "".join(f"{part}/" for part in highest[0])
+
+
+def _test_folder(files: Files, root: str, classes: tuple[str, ...]) -> str:
+  """The first of the test folders that is sorted by class; if none is, the first with images."""
+  found = [f"{root}{name}/" for name in TEST_FOLDERS if files.images_below(f"{root}{name}/")]
+  if not found:
+    raise FileNotFoundError(
+      f"{str(files.path)!r} has no test images; put them into {root}test/<class>/ or "
+      f"{root}val/<class>/."
+    )
+  known = set(classes)
+  for folder in found:
+    images = files.images_below(folder)
+    if any(name.removeprefix(folder).split("/")[0] in known for name in images):
+      return folder
+  return found[0]
+
+
+def _notes(files: Files, train: str, test: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+  """One sentence for each sort of thing that is there and was not read."""
+  notes, shown = [], f"{_readable(train)} and {_readable(test)}"
+  if test.split("/")[-2] != TEST_FOLDERS[0]:
+    notes.append(f"{_readable(test)} is the test split.")
+  others = [name for name in files.images_below("") if not name.startswith((train, test))]
+  if others:
+    notes.append(f"{len(others)} images outside {shown} are not used{_such_as(others)}.")
+  images = set(files.images_below(""))
+  odd = [name for name in files.names if name.startswith((train, test)) and name not in images]
+  if odd:
+    notes.append(
+      f"{len(odd)} files in {shown} are left out, as their names do not end like those "
+      f"of images that can be read{_such_as(odd)}."
+    )
+  entries = (*files.names, *files.folders)
+  below = [name.removeprefix(train) for name in entries if name.startswith(train)]
+  inside = {name.split("/")[0] for name in below if "/" in name}
+  empty = sorted(inside - {*classes, ""})
+  if empty:
+    notes.append(
+      f"{len(empty)} folders of {_readable(train)} hold no image and are no classes"
+      f"{_such_as(empty)}."
+    )
+  return tuple(notes)
+
+
+def _such_as(names: list[str]) -> str:
+  """One of them as an example."""
+  return f", such as {names[0]!r}"
+
+
+def _readable(name: str) -> str:
+  r"""A folder name as text: bytes that are not UTF-8 as \xe9."""
+  return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _by_class(files: Files, folder: str) -> list[tuple[str, str]]:

@@ -12,6 +12,9 @@ from ptq_jax.data.cache import Source
 from ptq_jax.data.files import Stamp
 from ptq_jax.data.splits import Splits
 
+NAME = r"[A-Za-z]\w*(/[\w.+-]*\w)?(:[\w.*]+)?"
+"""What a set may be called, "cifar10" or "name/config:3.0.2": no path, and not nothing."""
+
 TEST_SPLITS = ("test", "validation")
 
 
@@ -65,6 +68,8 @@ def _builder(name: str, data_dir: str | os.PathLike | None, *, known: tuple[str,
   """TFDS's reader of a prepared set."""
   import tensorflow_datasets as tfds
 
+  if not re.fullmatch(NAME, name):
+    raise ValueError(_unknown(name, (*known, *tfds.list_builders(with_community_datasets=False))))
   folder = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
   base = re.split("[/:]", name)[0]
   try:
@@ -76,8 +81,8 @@ def _builder(name: str, data_dir: str | os.PathLike | None, *, known: tuple[str,
     raise FileNotFoundError(_unprepared(name, folder, base)) from error
   except Exception as error:  # dataset_info.json missing, cut off or of another format
     raise ValueError(
-      f"the prepared dataset {name!r} in {folder!r} is damaged or half written ({error}); delete "
-      f"{os.path.join(folder, base)!r} and prepare it again."
+      f"the prepared dataset {name!r} in {folder!r} is damaged or half written ({error}); "
+      "move it aside and prepare it again, or name another folder with data_dir."
     ) from error
 
 
@@ -150,8 +155,8 @@ def _read_split(
         raise ValueError("an example is empty")  # what the reader makes of a file cut at a block
     except Exception as error:  # the reader raises RuntimeError for a lost or broken file
       raise ValueError(
-        f"the prepared dataset {builder.name!r} is damaged or half written ({error}); delete "
-        f"{str(builder.data_path)!r} and prepare it again."
+        f"the prepared dataset {builder.name!r} in {str(builder.data_path)!r} is damaged or "
+        f"half written ({error}); move it aside and prepare it again."
       ) from error
     labels[start:stop] = [example[label] for example in batch]
     return [(f"{split} {start + k}", example[image]) for k, example in enumerate(batch)]

@@ -36,12 +36,15 @@ def read(files: Files, *, image_size: int | None) -> Splits:
 
   Raises:
     FileNotFoundError: for a missing class list, annotations or image.
-    ValueError: for a class that is not in the list, a class without images, or an image that cannot
-      be decoded.
+    ValueError: for a class that is not in the list or in it twice, a class without images, an image
+      annotated twice, or one that cannot be decoded.
   """
   root = _root(files)
   wnids = [line.strip() for line in files.text_lines(f"{root}wnids.txt")]
   label_of = {wnid: label for label, wnid in enumerate(wnids)}
+  if len(label_of) < len(wnids):
+    twice = next(wnid for label, wnid in enumerate(wnids) if label_of[wnid] != label)
+    raise ValueError(f"wnids.txt in {str(files.path)!r} names the class {twice!r} twice.")
   train = _train(files, root, label_of)
   test = _test(files, root, label_of)
   arrays = []
@@ -105,6 +108,8 @@ def _test(files: Files, root: str, label_of: dict[str, int]) -> list[tuple[str, 
     if name not in present:
       raise FileNotFoundError(f"{str(files.path)!r} has no image {name!r}, named in {annotations}.")
     examples.append((name, label_of[wnid]))
+  if len(dict(examples)) < len(examples):
+    raise ValueError(f"{annotations} in {str(files.path)!r} names an image twice.")
   if not examples:
     raise ValueError(f"{annotations} in {str(files.path)!r} names no image.")
   return examples

@@ -105,8 +105,17 @@ def truncate(path):
 @pytest.mark.parametrize("pattern", ["cifar10-test*", "dataset_info.json"])
 def test_a_damaged_set_is_refused(own, harm, pattern):
   harm(next((own / "cifar10" / "3.0.2").glob(pattern)))
-  with pytest.raises(ValueError, match=r"damaged or half written .* prepare it again"):
+  with pytest.raises(ValueError, match=r"damaged or half written .* prepare it again") as caught:
     load.load("cifar10", data_dir=own)
+  assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "name", ["", " ", ".", "..", "/", "../tfds", "cifar10/..", ":3.0.2", "a\0b"]
+)
+def test_a_name_is_no_path(own, name):
+  with pytest.raises(ValueError, match=r"there is no dataset .*: it is none of digits, npz"):
+    load.load(name, data_dir=own)
 
 
 def test_a_set_without_a_test_split_is_refused(own):

@@ -37,6 +37,20 @@ def test_words_are_optional_and_sizes_are_free(tmp_path):
   assert read.image_shape == (4, 4, 3)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("place", ["zip", "folder"])
+def test_text_files_may_start_with_a_byte_order_mark(tmp_path, place, encoding):
+  files, (train, train_labels, _, test_labels) = pictures.tiny_imagenet_files()
+  for name in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+    text = files[f"tiny-imagenet-200/{name}"].replace("\n", "\r\n")
+    files[f"tiny-imagenet-200/{name}"] = text.encode(encoding)
+  read = load.load("tiny_imagenet", path=write(tmp_path, place, files))
+  np.testing.assert_array_equal(read.train_images, train)
+  np.testing.assert_array_equal(read.train_labels, train_labels)
+  np.testing.assert_array_equal(read.test_labels, test_labels)
+  assert read.class_names == ("tabby", "goldfish")
+
+
 def test_a_changed_folder_is_read_again(tmp_path):
   files, _ = pictures.tiny_imagenet_files("")
   path = write(tmp_path, "folder", files)
@@ -56,6 +70,8 @@ def test_a_changed_folder_is_read_again(tmp_path):
     ({"wnids.txt": None}, FileNotFoundError, "no class list wnids.txt"),
     ({"wnids.txt": "n01\n"}, ValueError, "n02_0.png.* class 'n02', which is not in wnids.txt"),
     ({"wnids.txt": "n01\nn02\nn07\n"}, ValueError, "no training images for 1 of 3.*'n07'"),
+    ({"wnids.txt": "n01\nn02\nn01\n"}, ValueError, "wnids.txt .* names the class 'n01' twice"),
+    ({"val/val_annotations.txt": "val_0.png\tn01\n" * 2}, ValueError, "names an image twice"),
     ({"val/val_annotations.txt": None}, FileNotFoundError, "no .*val_annotations.txt"),
     ({"val/val_annotations.txt": "\n"}, ValueError, "names no image"),
     (
