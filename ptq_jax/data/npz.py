@@ -53,6 +53,10 @@ def read(
   return arrays, names
 
 
+class _WrongTypeError(Exception):
+  """An array of a type that is not wanted."""
+
+
 def _array(
   archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, kinds: str
 ) -> Shaped[np.ndarray, "..."]:
@@ -63,14 +67,14 @@ def _array(
       num_bytes = file.tell() + math.prod(shape) * dtype.itemsize
     if dtype.kind not in kinds:
       plain = "plain text" if kinds == "U" else "a plain array of numbers"
-      raise TypeError(f"{name} is an array of type {dtype}; save it as {plain}.")
+      raise _WrongTypeError(f"{name} is an array of type {dtype}; save it as {plain}.")
     if not num_bytes == info.file_size <= MAX_RATIO * info.compress_size:
       raise zipfile.BadZipFile(f"{num_bytes} bytes declared, {info.file_size} stored")
     with files.opened(archive, info) as file:
       array = np.lib.format.read_array(file, allow_pickle=False)
       if file.read(1):
         raise zipfile.BadZipFile("longer than declared")
-  except TypeError as error:
+  except _WrongTypeError as error:
     raise ValueError(str(error)) from error
   except Exception as error:  # broken bytes raise BadZipFile, zlib.error, KeyError and others
     raise ValueError(

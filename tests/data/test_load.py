@@ -210,6 +210,10 @@ def test_an_npz_header_must_agree_with_what_is_stored(tmp_path, monkeypatch):
   path = write_members(tmp_path / "set.npz", [("x_train.npy", larger)])
   with pytest.raises(ValueError, match=r"set.npz: x_train .* damaged \(1919936 bytes declared"):
     load.load("npz", path=path)
+  lengths = (struct.pack("<I", length) for length in (len(larger), 1919936))
+  path.write_bytes(path.read_bytes().replace(*lengths))
+  with pytest.raises(ValueError, match=r"x_train .* damaged \(1919936 bytes declared, 1919936"):
+    load.load("npz", path=path)
 
 
 def test_an_npz_member_of_another_length_is_refused(tmp_path):
