@@ -24,6 +24,7 @@ TINY = {
   "quantize.methods": ("nearest", "obc"),
   "quantize.levels": (3,),
   "quantize.calibration_size": 10,
+  "attack.attacks": ("lira_online_pooled",),
   "attack.resamples": 20,
 }
 

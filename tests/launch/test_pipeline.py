@@ -26,6 +26,7 @@ TINY = (
   "--config.train.models=8",
   "--config.quantize.calibration_size=10",
   "--config.quantize.levels=(3,)",
+  "--config.attack.attacks=('lira_online_pooled',)",
   "--config.attack.resamples=20",
 )
 STAGE = events.Stage(events.silent, "any", 1)
@@ -98,7 +99,7 @@ def test_writes_everything_it_promises(finished):
   assert attackers == set(records.ATTACKERS) - {"given"}
   by_attacker = {
     r["attacker"]: r
-    for r in records.select(found, "leakage", method="obc", attack="lira_online", members="all")
+    for r in records.select(found, "leakage", method="obc", attack="lira_online_pooled", members="all")
   }
   gap = by_attacker["matched"]["minus_full_precision_shadows"]["auc"]
   values = [by_attacker[name]["auc"]["value"] for name in ("matched", "full_precision")]

@@ -27,6 +27,7 @@ TINY = {
   "quantize.methods": "nearest",
   "quantize.levels": "3",
   "quantize.calibration_size": "10",
+  "attack.attacks": "lira_online_pooled",
   "attack.resamples": "10",
 }
 
