@@ -75,13 +75,11 @@ class Point:
 
   def command(self, base: Sequence[str]) -> list[str]:
     """The audit of this point, given the flags that all points share."""
-    values = [f"--config.{key}={value}" for key, value in self.values.items()]
-    where = [
-      f"--config.name={self.config.name}",
-      f"--workdir={self.root}",
-      f"--models={self.trained}",
-    ]
-    return [sys.executable, "-m", "launch.audit", *base, *values, *where]
+    own = {"name": self.config.name, **self.values}
+    kept = [flag for flag in base if not flag.startswith(tuple(f"--config.{key}=" for key in own))]
+    values = [f"--config.{key}={value}" for key, value in own.items()]
+    where = [f"--workdir={self.root}", f"--models={self.trained}"]
+    return [sys.executable, "-m", "launch.audit", *kept, *values, *where]
 
 
 def run(

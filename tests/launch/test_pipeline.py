@@ -99,7 +99,9 @@ def test_writes_everything_it_promises(finished):
   assert attackers == set(records.ATTACKERS) - {"given"}
   by_attacker = {
     r["attacker"]: r
-    for r in records.select(found, "leakage", method="obc", attack="lira_online_pooled", members="all")
+    for r in records.select(
+      found, "leakage", method="obc", attack="lira_online_pooled", members="all"
+    )
   }
   gap = by_attacker["matched"]["minus_full_precision_shadows"]["auc"]
   values = [by_attacker[name]["auc"]["value"] for name in ("matched", "full_precision")]
