@@ -1,0 +1,73 @@
+"""Data and a model of one's own, from a folder that is not the checkout."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from launch import flags
+from ptq_jax import storage
+from ptq_jax.report import records
+
+MODEL = """
+import flax.linen as nn
+
+class Net(nn.Module):
+  num_classes: int
+  hidden: int
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.Conv(self.hidden, (3, 3), name="first")(x))
+    x = nn.Dropout(0.1, deterministic=not train)(x.mean((1, 2)))
+    return nn.Dense(self.num_classes, name="last")(x)
+
+def make(num_classes, hidden=3):
+  return Net(num_classes, hidden)
+"""
+
+
+def write(folder):
+  rng = np.random.default_rng(0)
+  (folder / "mine.py").write_text(MODEL)
+  np.savez(
+    folder / "mine.npz",
+    x_train=rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8),
+    y_train=np.arange(60) % 3,
+    x_test=rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8),
+    y_test=np.arange(20) % 3,
+  )
+
+
+def launch(folder, *arguments):
+  command = [
+    sys.executable, "-m", "launch.audit", "--workdir=runs/mine", "--config.data.name=npz",
+    "--config.data.path=mine.npz", "--config.model.name=mine:make", "--config.train.models=4",
+    "--config.train.targets=3", "--config.train.epochs=2", "--config.train.batch_size=10",
+    "--config.quantize.levels=3", "--config.quantize.calibration_size=10",
+    "--config.attack.attacks=lira_online_pooled", "--config.attack.resamples=20", *arguments,
+  ]  # fmt: skip
+  environment = os.environ | {"PYTHONPATH": f"{flags.ROOT}:."}
+  return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_an_audit_with_every_method_and_dedicated_targets(tmp_path):
+  write(tmp_path)
+  done = launch(tmp_path, "--config.model.hidden=5", "--config.quantize.obc.damping=0.1")
+  assert done.returncode == 0, done.stderr
+  found = storage.read_records(tmp_path / "runs" / "mine" / "results.jsonl")
+  run = records.select(found, "run")[0]
+  assert (run["name"], run["protocol"]) == ("own", "dedicated targets")
+  assert run["config"]["model"]["hidden"] == 5
+  assert run["config"]["quantize"]["obc"] == {"damping": 0.1}
+  methods = {record["method"] for record in records.select(found, "leakage")}
+  assert methods == {"none", "nearest", "adaround", "brecq", "obc"}
+
+
+def test_an_unknown_option_is_refused_with_those_of_the_factory(tmp_path):
+  write(tmp_path)
+  done = launch(tmp_path, "--config.model.width=5")
+  assert done.returncode == flags.USER_ERROR
+  assert "has no option 'width'; it has ['hidden']" in done.stderr
+  assert len(done.stderr.splitlines()) == 1
