@@ -90,10 +90,12 @@ def assert_same(one, other):
   assert leakage(one) == leakage(other)
 
 
-@pytest.fixture(autouse=True)
-def few_figures(monkeypatch):
+@pytest.fixture(autouse=True, scope="package")
+def few_figures():
   """Two small figures instead of all: they take most of the time, and have their own tests."""
-  monkeypatch.setattr(reporting.figures, "draw", lambda found: {n: small_figure() for n in FIGURES})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(reporting.figures, "draw", lambda found: {n: small_figure() for n in FIGURES})
+    yield
 
 
 FIGURES = ("roc", "privacy_utility")
@@ -105,8 +107,8 @@ def small_figure():
   return figure
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+@pytest.fixture(scope="package")
+def finished(few_figures, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished")
   run(workdir)
   return workdir
