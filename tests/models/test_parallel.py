@@ -60,6 +60,7 @@ print("same")
 
 
 QUANTIZE_AND_PREDICT = """
+import flax.linen as nn
 import jax, jax.numpy as jnp, numpy as np
 from ptq_jax import models, quantize, trees
 from ptq_jax.models import predict, units
