@@ -90,7 +90,7 @@ def assert_same(one, other):
   assert leakage(one) == leakage(other)
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def few_figures():
   """Two small figures instead of all: they take most of the time, and have their own tests."""
   with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,7 @@ def small_figure():
   return figure
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def finished(few_figures, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished")
   run(workdir)
