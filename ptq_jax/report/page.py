@@ -478,13 +478,13 @@ a { color: var(--accent); }
   margin-top: 1.6rem; }
 .warnings h2 { margin: 0 0 .3rem; font-size: 1rem; color: var(--warn); }
 .warnings ul { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; position: relative; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 .data { font-variant-numeric: tabular-nums; line-height: 1.3; }
 .data th, .data td { padding: .42rem .6rem; text-align: right; vertical-align: top;
   white-space: nowrap; }
 .data td.words, .data th.words, .data thead th:first-child { text-align: left; }
-.data .words { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 16rem; }
+.data .words { white-space: normal; overflow-wrap: break-word; min-width: 6rem; max-width: 16rem; }
 .data thead th { font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 .data thead .group { text-align: center; border-bottom-width: 2px;
   border-bottom-color: var(--muted); }
