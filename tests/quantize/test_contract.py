@@ -121,11 +121,12 @@ def test_last_layer_has_its_own_levels(name, digits):
 
 
 def test_models_of_others(name, foreign):
-  if name == "brecq":
-    pytest.skip("BRECQ needs units; tests/quantize/test_brecq.py has its error")
   quantized, info = stacked(name, foreign)
   assert_same_tree(quantized, foreign.variables, 2)
-  assert {record.name for record in info} == {"down", "grouped", "pointwise", "classifier"}
+  paths = {path for record in info for path in record.grids}
+  assert paths == {"down", "grouped", "pointwise", "classifier"}
+  if name != "brecq":  # its records are those of units, here the whole model
+    assert {record.name for record in info} == {"down", "grouped", "pointwise", "classifier"}
   for layer in layers_of(foreign):
     assert num_values(trees.get(quantized, layer.kernel)[0, 0]) <= 3
   for record in info:
