@@ -10,7 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BITS = {"pred": 8, "token": 0, "opaque": 0}  # of one entry; others have them in their name: bf16, s32
+BITS = {
+  "pred": 8,
+  "token": 0,
+  "opaque": 0,
+}  # of one entry; others have them in their name: bf16, s32
 
 FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota"

@@ -1,6 +1,7 @@
 """The programs of an audit lowered for accelerators that this machine does not have."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +60,12 @@ def test_training_in_half_precision(lower, model, name):
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), M))
   init = functools.partial(fit.init, recipe=recipe, image_shape=IMAGE)
-  run = functools.partial(shadows._run.__wrapped__, recipe, None)
+  run = functools.partial(shadows._run.__wrapped__, recipe, None, IMAGE)
   text = lower(
     run,
     jax.eval_shape(jax.vmap(init), keys),
     keys,
-    zeros(20, *IMAGE, dtype=jnp.uint8),
+    zeros(20, math.prod(IMAGE), dtype=jnp.uint8),
     zeros(20, dtype=jnp.int32),
     zeros(M, 3, BATCH, dtype=jnp.int32),
   )

@@ -25,6 +25,7 @@ whole layer in AdaRound (400 steps at most) and OBC.
 import argparse
 import contextlib
 import functools
+import math
 import os
 import sys
 import time
@@ -176,21 +177,24 @@ def gpu_config(name: str, chip: Chip) -> str:
   """
 
 
-def jobs(options: argparse.Namespace) -> Iterator[Job]:
-  """What is compiled: those that answer most first."""
+def jobs(options: argparse.Namespace) -> list[Job]:
+  """What is compiled, the programs that take longest last: a convolution per model."""
   big, small = (options.model, options.width), ("convnet", 16)
   lowerings = (AS_CHOSEN,) if options.quick else options.lowerings
-  for name, counts in ((small, (1, 8)), (big, options.together)):
-    for part in ("training", "scoring"):
-      if part not in options.parts:
-        continue
-      for together in counts:
-        for lowering in lowerings if together > 1 and part == "training" else (AS_CHOSEN,):
-          yield Job(part, *name, together, lowering)
-  for part in ("brecq", "adaround", "obc"):
-    if part in options.parts:
-      for together in options.together:
-        yield Job(part, *big, together)
+  found = [
+    Job("training", *network, together, lowering)
+    for network, counts in ((big, options.together), (small, (1, 4)))
+    for together in counts
+    for lowering in (lowerings if together > 1 else (AS_CHOSEN,))
+  ]
+  found += [
+    Job(part, *big, together)
+    for part in CASES
+    if part != "training"
+    for together in options.together
+  ]
+  found = [job for job in found if job.part in options.parts]
+  return sorted(found, key=lambda job: (job.lowering == "unrolled", job.together))
 
 
 def measure(job: Job, device: jax.Device, chip: Chip | None, options: argparse.Namespace) -> dict:
@@ -273,12 +277,12 @@ def training(job: Job, options: argparse.Namespace) -> Case:
   arguments = (
     jax.eval_shape(jax.vmap(init), keys),
     keys,
-    array(POOL, *size, dtype=jnp.uint8),
+    array(POOL, math.prod(size), dtype=jnp.uint8),
     array(POOL, dtype=jnp.int32),
     array(job.together, steps, options.batch, dtype=jnp.int32),
   )
   flop = options.batch * flops.training(model, image_shape=size)
-  run = functools.partial(shadows._run.__wrapped__, recipe, None)
+  run = functools.partial(shadows._run.__wrapped__, recipe, None, size)
   return Case(run, arguments, (0,), steps, flop)
 
 
@@ -313,7 +317,9 @@ def brecq_steps(job: Job, options: argparse.Namespace) -> Case:
   weights = {layer.path: array(*layer.kernel_shape) for layer in unit.layers}
   scales = {path: array(1, 1, 1, kernel.shape[-1]) for path, kernel in weights.items()}
   fitted = {path: grid.Grid(s, s, array(dtype=jnp.int32)) for path, s in scales.items()}
-  calibration = (array(CALIBRATION, *part.shape[1:], dtype=part.dtype) for part in (inputs, targets))
+  calibration = (
+    array(CALIBRATION, *part.shape[1:], dtype=part.dtype) for part in (inputs, targets)
+  )
   problems = stacked(
     reconstruct.Problem(weights, fitted, brecq._of_unit(folded, unit), *calibration), job.together
   )

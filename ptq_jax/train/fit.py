@@ -107,14 +107,22 @@ def run(
   recipe: Recipe,
   state: State,
   model_key: Key,
-  images: UInt8[Array, "E H W c"],
+  images: UInt8[Array, "E bytes"],
   labels: Int[Array, "E"],
   indices: Int[Array, "steps batch"],
+  *,
+  image_shape: tuple[int, int, int],
 ) -> tuple[State, Metrics]:
-  """Many updates of one model as one scan; `indices` picks the batches from the pool."""
+  """Many updates of one model as one scan; `indices` picks the batches from the pool.
+
+  The pool comes with one row per image: a TPU pads the last axes of an array to its tiles, so it
+  would copy 50 000 images [32, 32, 3] into .6 GB of another layout before it gathers from them
+  (BUILD_NOTES.md).
+  """
 
   def body(state, index):
-    return step(recipe, state, model_key, images[index], labels[index])
+    batch = images[index].reshape(len(index), *image_shape)
+    return step(recipe, state, model_key, batch, labels[index])
 
   if len(indices) == 1:  # even a loop of one step keeps XLA:CPU from its fast convolutions
     return body(state, indices[0])
@@ -143,11 +151,12 @@ def fit(
   Returns:
     Trained variables and the metrics of each epoch, [epochs].
   """
-  state = init(model_key, recipe, image_shape=images.shape[1:])
+  shape = images.shape[1:]
+  state, images = init(model_key, recipe, image_shape=shape), images.reshape(len(images), -1)
 
   def body(state, epoch):
     indices = epoch_indices(model_key, members, epoch, batch_size=recipe.batch_size)
-    return run(recipe, state, model_key, images, labels, indices)
+    return run(recipe, state, model_key, images, labels, indices, image_shape=shape)
 
   state, metrics = jax.lax.scan(body, state, jnp.arange(epochs))
   return state.variables, metrics

@@ -5,6 +5,7 @@ result does not depend on who shares its chunk.
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -110,7 +111,8 @@ def dispatches(
   place = functools.partial(parallel.place, mesh=mesh, at_least=size if len(spread) > 1 else 0)
   parts = [place(trees.take(states, part)) for part in spread]
   of_round = [place((keys[part], jnp.asarray(members[part]))) for part in spread]
-  images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
+  image_shape, rows = images.shape[1:], images.reshape(len(images), -1)
+  pool = [parallel.place(array, mesh, shared=True) for array in (rows, labels)]
   dispatch = steps_per_dispatch or (1 if jax.default_backend() == "cpu" else _even_part(steps))
   step, epoch = first, None
   while step < last:
@@ -119,8 +121,8 @@ def dispatches(
       indices = [_indices(*each, epoch, batch_size=recipe.batch_size) for each in of_round]
     start, stop = step % steps, min(step % steps + dispatch, steps, step % steps + last - step)
     found = [
-      _run(recipe, mesh, part, keys_, images, labels, rows[:, start:stop])
-      for part, (keys_, _), rows in zip(parts, of_round, indices, strict=True)
+      _run(recipe, mesh, image_shape, part, keys_, *pool, index[:, start:stop])
+      for part, (keys_, _), index in zip(parts, of_round, indices, strict=True)
     ]
     parts = [states for states, _ in found]
     metrics = [metrics for _, metrics in found]
@@ -254,13 +256,14 @@ def _step_bytes(recipe, num_models, num_examples, num_members, image_shape):
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_models))
   one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
   states = jax.eval_shape(jax.vmap(one), keys)
-  images = jax.ShapeDtypeStruct((num_examples, *image_shape), jnp.uint8)
+  images = jax.ShapeDtypeStruct((num_examples, math.prod(image_shape)), jnp.uint8)
   labels = jax.ShapeDtypeStruct((num_examples,), jnp.int32)
   steps = 1 if jax.default_backend() == "cpu" else num_members // recipe.batch_size
   indices = jax.ShapeDtypeStruct((num_models, steps, recipe.batch_size), jnp.int32)
-  compiled = _run.jitted().lower(recipe, None, states, keys, images, labels, indices).compile()
-  needs = compiled.memory_analysis()
-  return needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
+  traced = _run.jitted().lower(recipe, None, image_shape, states, keys, images, labels, indices)
+  needs = traced.compile().memory_analysis()
+  both = needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
+  return both + needs.temp_size_in_bytes  # donated states are arguments and results at once
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -269,9 +272,9 @@ def _indices(keys, members, epoch, *, batch_size):
   return jax.vmap(one, in_axes=(0, 0, None))(keys, members, epoch)
 
 
-@functools.partial(conv.jit, static_argnums=(0, 1), donate_argnums=2)
-def _run(recipe, mesh, states, keys, images, labels, indices):
-  run = functools.partial(fit.run, recipe)
+@functools.partial(conv.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _run(recipe, mesh, image_shape, states, keys, images, labels, indices):
+  run = functools.partial(fit.run, recipe, image_shape=image_shape)
   batched = parallel.over_models(run, in_axes=(0, 0, None, None, 0), mesh=mesh)
   with conv.lowered_as(recipe.lowering):
     return batched(states, keys, images, labels, indices)

@@ -238,8 +238,10 @@ def test_lowering_is_what_the_recipe_says(setup):
   states = shadows.init(keys, recipe, image_shape=images.shape[1:])
   convolutions = {}
   for lowering in conv.LOWERINGS:
-    run = functools.partial(shadows._run.__wrapped__, recipe._replace(lowering=lowering), None)
-    program = jax.make_jaxpr(run)(states, keys, images, labels, members[:, None, :BATCH])
+    lowered = recipe._replace(lowering=lowering)
+    run = functools.partial(shadows._run.__wrapped__, lowered, None, images.shape[1:])
+    rows = images.reshape(len(images), -1)
+    program = jax.make_jaxpr(run)(states, keys, rows, labels, members[:, None, :BATCH])
     convolutions[lowering] = programs.count(program, "conv_general_dilated")
   assert convolutions["patches"] == 0
   assert convolutions["unrolled"] == MODELS * convolutions["grouped"] > 0
