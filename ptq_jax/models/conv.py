@@ -126,14 +126,18 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
     groups: of the convolution itself.
   Returns:
     One of `LOWERINGS`. On a CPU measured (`launch/bench.py conv`, BUILD_NOTES.md): unrolled wins,
-    but for the smallest, where patches also compile sooner. On an accelerator reckoned, not
-    measured: patches of 3x3 kernels move nine times the images through memory, about 5e8 FLOP's
-    worth of them in the time that it takes to start a kernel per model instead. To measure it in
-    a training: train.lowering="measure", or `launch/bench.py train --lowering`.
+    but for the smallest, where patches also compile sooner. Elsewhere read from compiled programs
+    (`launch/bench.py compile`, BUILD_NOTES.md), bytes moved in a step of ResNet-8 of width 16, four
+    models, with one model alone as 1: on an H100 unrolled .92, grouped 1.4, patches 2.5, and alike
+    at width 64; on a TPU the stacking and slicing of unrolled doubles the bytes, patches move five
+    times as much, and grouped half. How fast the chip is at each only `bench device` can tell;
+    train.lowering="measure" asks for it in a training.
   """
   if num_models == 1 or groups > 1:
     return "unrolled"
-  return "unrolled" if flop > (2e6 if platform == "cpu" else 5e8) else "patches"
+  if platform == "cpu":
+    return "unrolled" if flop > 2e6 else "patches"
+  return "grouped" if platform == "tpu" else "unrolled"
 
 
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}

@@ -21,7 +21,14 @@ from ptq_jax.models import flops
 AXIS = "models"
 
 ALONE_FLOP = 3e8
-"""Of a forward pass; on a CPU, models with more run one after the other."""
+"""Of a forward pass of a batch; on a CPU, models with more run one after the other."""
+
+ACCELERATOR_ALONE_FLOP = 2e10
+"""The same on an accelerator: between ResNet-20 of width 16 and ResNet-8 of width 64, batch 128."""
+
+MOST_TOGETHER = 8
+"""Models of a program on an accelerator: eight times 16 channels fill the 128 lanes of a TPU, and a
+program with a convolution per model takes longer to compile with every model."""
 
 
 def mesh_for(num_models: int, *, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
@@ -60,28 +67,36 @@ def device_memory_bytes() -> int:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def shares(
-  model: nn.Module, mesh: Mesh | None, *, num_models: int, batch_shape: Sequence[int]
-) -> list[slice]:
-  """Which of the stacked models should run at once, as slices: all, but on a CPU one by one.
+def together(
+  model: nn.Module, *, num_models: int, batch_shape: Sequence[int], devices: int = 1
+) -> int:
+  """How many of the models should share a program on a device: all, but big ones none.
 
-  There, models with enough work for all cores gain nothing from company; alone they compile sooner
-  and leave more to the cache (ResNet-8 trains 1.1 times as fast). Small ones share the overhead.
+  A big model alone has enough work for the whole device: it compiles once, holds one model's
+  activations, and nothing is gained by company. Measured on a CPU, where ResNet-8 trains 1.1 times
+  as fast so. On accelerators read from compiled programs (`bench compile`, BUILD_NOTES.md): for an
+  H100 models together move as many bytes each as one alone, whatever their size, but in fewer
+  kernels, 15 instead of 68 for a small network whose kernels are shorter than their launch; on a
+  TPU small models move half as much together, big ones a quarter more.
 
   Args:
     model: any Linen model.
-    mesh: devices that share the models, if any.
     num_models: M.
     batch_shape: of the images of one model, [n, H, W, c].
+    devices: that share the models.
+  Returns:
+    Models of one program on one device; on an accelerator at most `MOST_TOGETHER`, evenly cut.
   """
-  together = [slice(0, num_models)]
-  if jax.default_backend() != "cpu" or mesh is not None or num_models == 1:
-    return together
+  share, on_cpu = -(-num_models // devices), jax.default_backend() == "cpu"
+  if num_models == 1 or (on_cpu and devices > 1):
+    return share
   try:
     flop = batch_shape[0] * flops.forward(model, image_shape=tuple(batch_shape[1:]))
   except ValueError:  # layers that cannot be counted
-    return together
-  return together if flop < ALONE_FLOP else [slice(m, m + 1) for m in range(num_models)]
+    flop = 0
+  if flop >= (ALONE_FLOP if on_cpu else ACCELERATOR_ALONE_FLOP):
+    return 1
+  return share if on_cpu else -(-share // -(-share // MOST_TOGETHER))
 
 
 def over_models(

@@ -112,14 +112,20 @@ class Predictor:
     num_examples, num_models = len(labels), trees.length(heads[0])
     batch_size = min(batch_size, num_examples)
     mesh = parallel.mesh_for(num_models)
-    body, heads = parallel.place((body, list(heads)), mesh)
     images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
-    shares = parallel.shares(
-      self._model, mesh, num_models=num_models, batch_shape=(batch_size, *images.shape[1:])
+    size = parallel.together(
+      self._model,
+      num_models=num_models,
+      batch_shape=(batch_size, *images.shape[1:]),
+      devices=mesh.size if mesh else 1,
     )
+    shares = parallel.rounds(num_models, together=size, mesh=mesh)
+    at_least = shares[0].stop if len(shares) > 1 else 0
     rows = [[] for _ in heads]
     for share in shares:
-      some = (body, heads) if len(shares) == 1 else trees.take((body, heads), share)
+      some = (body, list(heads))
+      some = some if len(shares) == 1 else trees.take(some, share)
+      some = parallel.place(some, mesh, at_least=at_least)
       parts = [[] for _ in heads]
       for start in range(0, num_examples, batch_size):
         # The last batch starts earlier instead of being smaller: one shape, one compilation.
@@ -129,8 +135,9 @@ class Predictor:
         for head, kept in zip(some[1], parts, strict=True):
           kept.append(self._run_head(mesh, head, features, labels[positions])[:, start - first :])
       for row, kept in zip(rows, parts, strict=True):
-        row.append(np.concatenate([np.asarray(part) for part in kept], axis=1))
-    return [np.concatenate(row)[:num_models] for row in rows]
+        scores = np.concatenate([np.asarray(part) for part in kept], axis=1)
+        row.append(scores[: min(share.stop, num_models) - share.start])
+    return [np.concatenate(row) for row in rows]
 
 
 def is_correct(logits, labels):

@@ -167,11 +167,13 @@ def epochs(
 def models_together(
   recipe: fit.Recipe, num_models: int, *, image_shape: tuple[int, ...], mesh: Mesh | None = None
 ) -> int:
-  """How many models should share a program on a device: on a CPU big ones none, else all."""
-  shares = parallel.shares(
-    recipe.model, mesh, num_models=num_models, batch_shape=(recipe.batch_size, *image_shape)
+  """How many models should share a program on a device, see `parallel.together`."""
+  return parallel.together(
+    recipe.model,
+    num_models=num_models,
+    batch_shape=(recipe.batch_size, *image_shape),
+    devices=mesh.size if mesh else 1,
   )
-  return 1 if len(shares) > 1 else -(-num_models // (mesh.size if mesh else 1))
 
 
 def _even_part(steps):

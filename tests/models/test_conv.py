@@ -126,8 +126,9 @@ def test_lowering_depends_on_platform_and_size():
   choose = functools.partial(conv.choose_lowering, num_models=8, groups=1)
   assert choose(platform="cpu", flop=10**6) == "patches"
   assert choose(platform="cpu", flop=10**8) == "unrolled"
-  assert choose(platform="gpu", flop=10**6) == "patches"
-  assert choose(platform="gpu", flop=10**10) == "unrolled"
+  assert {choose(platform="gpu", flop=flop) for flop in (10**6, 10**10)} == {"unrolled"}
+  assert {choose(platform="tpu", flop=flop) for flop in (10**6, 10**10)} == {"grouped"}
+  assert choose(platform="tpu", flop=10**6, num_models=1) == "unrolled"
   images, kernel = arrays(1)
   with pytest.raises(ValueError, match="lowering is 'fast'; choose one of unrolled"):
     conv.conv_general_dilated(images, kernel, (1, 1), "SAME", lowering="fast")

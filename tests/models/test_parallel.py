@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ptq_jax import models
 from ptq_jax.models import parallel
@@ -138,12 +139,36 @@ def test_over_models_without_a_mesh_is_vmap():
   assert parallel.place(jnp.ones(2), None).devices() == {jax.local_devices()[0]}
 
 
-def test_on_a_cpu_models_with_enough_work_run_one_by_one(monkeypatch):
-  model = models.make("convnet", num_classes=3, width=2)
-  shares = functools.partial(parallel.shares, num_models=3, batch_shape=(4, 8, 8, 1))
-  assert shares(model, None) == [slice(0, 3)]
+SMALL, BATCH = models.make("convnet", num_classes=3, width=2), (4, 8, 8, 1)
+
+
+def test_models_with_enough_work_run_one_by_one(monkeypatch):
+  together = functools.partial(parallel.together, SMALL, num_models=3, batch_shape=BATCH)
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  assert together() == 3
   monkeypatch.setattr(parallel, "ALONE_FLOP", 1)
-  alone = [slice(0, 1), slice(1, 2), slice(2, 3)]
-  assert shares(model, None) == (alone if jax.default_backend() == "cpu" else [slice(0, 3)])
-  mesh = jax.make_mesh((1,), (parallel.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-  assert shares(model, mesh) == [slice(0, 3)]
+  assert together() == 1
+  assert together(num_models=4, devices=2) == 2  # whose convolutions are slow on a CPU anyhow
+  assert parallel.rounds(3, together=together(), mesh=None) == [slice(m, m + 1) for m in range(3)]
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_on_an_accelerator_small_models_run_together_some_at_a_time(monkeypatch, platform):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  together = functools.partial(parallel.together, SMALL, batch_shape=BATCH)
+  assert [together(num_models=m) for m in (1, 3, 8, 9, 12, 64)] == [1, 3, 8, 5, 6, 8]
+  assert together(num_models=12, devices=4) == 3
+  monkeypatch.setattr(parallel, "ACCELERATOR_ALONE_FLOP", 1)
+  assert [together(num_models=m) for m in (1, 3, 64)] == [1, 1, 1]
+  assert together(num_models=12, devices=4) == 1
+
+
+def test_the_line_between_small_and_big_on_an_accelerator(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  found = {
+    (name, width): parallel.together(
+      models.make(name, num_classes=10, width=width), num_models=8, batch_shape=(128, 32, 32, 3)
+    )
+    for name, width in (("convnet", 16), ("resnet8", 16), ("resnet20", 16), ("resnet8", 64))
+  }
+  assert list(found.values()) == [8, 8, 8, 1]
