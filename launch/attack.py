@@ -47,7 +47,8 @@ def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> No
     attacking.attack_files(
       config, storage.require_writable(workdir), scores, targets, command=command
     )
-    print(reporting.summary(reporting.report(workdir, listener=listener), workdir), flush=True)
+    found = reporting.report(workdir, options=config.report, listener=listener)
+    print(reporting.summary(found, workdir), flush=True)
 
 
 def main() -> None:

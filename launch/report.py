@@ -2,7 +2,9 @@
 
     bash launch/run report --config configs/digits.py --workdir runs/digits
 
-Reads WORKDIR/results.jsonl; writes results.csv, results.md, figures/ and index.html beside it.
+Reads WORKDIR/results.jsonl; writes results.csv, results.md, figures/ and index.html beside it. Of
+the config only its section `report` counts: --config.report.show_images=True also shows the most
+exposed training images, --config.report.figures=False draws nothing.
 """
 
 from launch import flags, progress
@@ -11,8 +13,8 @@ from ptq_jax.audit import reporting
 
 def run(config, workdir, *, shard, models=None) -> None:
   """The stage alone."""
-  del config, shard, models
-  found = reporting.report(workdir, listener=progress.Lines())
+  del shard, models
+  found = reporting.report(workdir, options=config.report, listener=progress.Lines())
   print(reporting.summary(found, workdir), flush=True)
 
 

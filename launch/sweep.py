@@ -318,8 +318,8 @@ def results_of(point: Point) -> list[dict]:
   """The records of a point's audit; none unless it has been finished with this config."""
   path = point.root / "results.jsonl"
   found = storage.read_records(path) if path.exists() else []
-  runs = records.select(found, "run")
-  return found if runs and runs[0]["config"] == settings.plain(point.config) else []
+  runs, own = records.select(found, "run"), settings.of_results(point.config)
+  return found if runs and settings.of_results(runs[0]["config"]) == own else []
 
 
 def write_tables(finished: Sequence[tuple[Point, list[dict]]], workdir: pathlib.Path) -> None:

@@ -96,6 +96,13 @@ SETTINGS: dict[str, Any] = {
     "confidence": (0.95, "of intervals, in (0, 1)"),
     "exposed_share": (0.01, "of the pool: the set of most exposed examples that is compared"),
   },
+  "report": {
+    "show_images": (
+      False,
+      "whether the most exposed training images, personal data perhaps, are written and shown",
+    ),
+    "figures": (True, "whether figures are drawn; without them there are tables and the page"),
+  },
 }
 """Default and meaning of every key; options of models and methods are those of their functions."""
 
@@ -219,6 +226,11 @@ def _require_known(chosen, known, name):
   for key in chosen:
     if key not in known:
       raise ValueError(f"{name} has no option {key!r}; it has {', '.join(known)}.")
+
+
+def of_results(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+  """A config as JSON without what results do not depend on: how they are reported."""
+  return {key: value for key, value in plain(config).items() if key != "report"}
 
 
 def fingerprint(value: Any) -> str:

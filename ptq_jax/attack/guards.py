@@ -31,6 +31,21 @@ def accuracy_mismatch(
   )
 
 
+def learned_nothing(
+  accuracy: float, *, chance: float, num_examples: int, margin: float = 0.05
+) -> bool:
+  """Whether an accuracy is hardly above that of always naming the most frequent class.
+
+  Args:
+    accuracy: mean test accuracy, in [0, 1].
+    chance: share of the most frequent class.
+    num_examples: test examples; three deviations of the accuracy of a guesser count as chance.
+    margin: part of the way from chance to 1 that counts as hardly.
+  """
+  noise = 3 * np.sqrt(chance * (1 - chance) / num_examples)
+  return bool(accuracy - chance <= max(margin * (1 - chance), noise))
+
+
 def too_few_non_members(num_non_members: int, fprs: Sequence[float]) -> str | None:
   """A false-positive rate below one non-member cannot be told from zero."""
   blind = [fpr for fpr in fprs if num_non_members * fpr < 1]

@@ -25,8 +25,8 @@ from ptq_jax.models import call
 from ptq_jax.report import records
 from ptq_jax.report.records import Variant
 
-NUM_PICTURES = 24
-"""So many of the most exposed examples are shown."""
+NUM_EXAMPLES = 24
+"""So many of the most exposed examples are named in the records."""
 
 PARTS = ("attack", "metrics", "report/records", "audit/attacking")
 """Of the package, on whose code results depend."""
@@ -67,7 +67,7 @@ def attack(audit: Audit, *, command: str = "") -> None:
     path, [run_record(audit, inputs, command), *found, *warnings(audit, found, omitted)]
   )
   storage.save_arrays(audit.root / "membership.npz", **audit.members)
-  names = ("results.jsonl", "exposure.csv", "exposed.npz", "membership.npz")
+  names = ("results.jsonl", "exposure.csv", "membership.npz")
   audit.manifest.record("attack", inputs, [audit.root / name for name in names])
 
 
@@ -367,8 +367,8 @@ def audited_groups(members: np.ndarray, own: dict, *, every: bool) -> dict[str, 
 def exposures(audit: Audit, evidence: dict) -> list[dict]:
   """Writes who is exposed in each variant, and tells how that differs from full precision.
 
-  WORKDIR/exposure.csv ranks the pool by exposure at full precision; exposed.npz has the pictures
-  of the first.
+  WORKDIR/exposure.csv ranks the pool by exposure at full precision; the record of full precision
+  names the first. No image is written.
 
   Args:
     audit: whose pool this is.
@@ -387,13 +387,15 @@ def exposures(audit: Audit, evidence: dict) -> list[dict]:
     columns[f"{variant_name(variant)}_when_non_member"] = found.when_non_member[ranking]
   storage.write_csv(audit.root / "exposure.csv", columns)
   gap = per_variant[FULL_PRECISION].gap
-  shown = ranking[np.isfinite(gap[ranking])][:NUM_PICTURES]
-  storage.save_arrays(
-    audit.root / "exposed.npz",
-    images=data.train_images[shown],
-    labels=[data.class_names[label] for label in data.train_labels[shown]],
-    exposure=gap[shown],
-  )
+  named = [
+    {
+      "example": int(i),
+      "source_example": int(data.train_ids[i]),
+      "label": str(data.class_names[data.train_labels[i]]),
+      "exposure": float(gap[i]),
+    }
+    for i in ranking[np.isfinite(gap[ranking])][:NUM_EXAMPLES]
+  ]
   top = max(1, round(len(ranking) * audit.config.attack.exposed_share))
   reference, known = evidence[FULL_PRECISION]
   return [
@@ -401,6 +403,7 @@ def exposures(audit: Audit, evidence: dict) -> list[dict]:
       "exposure",
       attacker="matched",
       **variant._asdict(),
+      **({"examples": named} if variant == FULL_PRECISION else {}),
       **exposure.compare(
         audit.key("bootstrap"), scores, reference[kept[known]], members[kept], top=top
       ),
@@ -487,6 +490,8 @@ def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
   full = scores_of(audit, FULL_PRECISION)
   mismatch = guards.accuracy_mismatch(full["shadow_accuracy"], full["target_accuracy"])
   sentences["accuracy"] = mismatch
+  sentences |= useless(audit.dataset.test_labels, records.select(found, "leakage"))
+  sentences["leakage"] = nothing_found(found)
   sentences |= {f"models, {i + 1}": sentence for i, sentence in enumerate(omitted)}
   leaks = records.select(found, "leakage")
   fewest = min(record["num_non_members"] for record in leaks)
@@ -505,6 +510,53 @@ def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
     for about, message in sentences.items()
     if message
   ]
+
+
+def useless(labels, leaks: list[dict]) -> dict[str, str]:
+  """Sentences about variants whose networks do hardly better than guessing, by what they are about.
+
+  Args:
+    labels: int[N], of the test examples.
+    leaks: leakage records.
+  """
+  chance, accuracy = np.bincount(labels).max() / len(labels), {}
+  for record in leaks:
+    accuracy[records.variant(record)] = record["test_accuracy"]["value"]
+  low = {
+    which: value
+    for which, value in accuracy.items()
+    if guards.learned_nothing(value, chance=chance, num_examples=len(labels))
+  }
+  if FULL_PRECISION in low:
+    return {
+      "training": f"the networks reach {low[FULL_PRECISION]:.1%} test accuracy, and naming always "
+      f"the most frequent class {chance:.1%}: they learned next to nothing, so little can leak; "
+      "check the labels, train.epochs and train.learning_rate."
+    }
+  if not low:
+    return {}
+  names = ", ".join(f"{records.describe(which)} ({low[which]:.1%})" for which in list(low)[:3])
+  return {
+    "quantizing": f"{len(low)} of {len(accuracy) - 1} quantized variants do hardly better than "
+    f"naming always the most frequent class ({chance:.1%}), for example {names}: that these leak "
+    "little is no protection one can use."
+  }
+
+
+def nothing_found(found: list[dict]) -> str | None:
+  """A sentence if the main attack finds nothing where it should find most: at full precision."""
+  leaks = records.select(found, "leakage")
+  leaks = [r for r in leaks if r["method"] == "none"] or [r for r in leaks if len(leaks) == 1]
+  if not leaks:
+    return None
+  auc, rates = leaks[0]["auc"], [rate for rate in leaks[0]["tpr"] if rate["low"] is not None]
+  if auc["low"] is None or auc["low"] > 0.5 or any(r["low"] > r["chance"] for r in rates):
+    return None
+  return (
+    f"the attack finds nothing measurable in {records.describe(records.variant(leaks[0]))} (AUC "
+    f"{auc['value']:.3f}, {auc['low']:.3f} to {auc['high']:.3f}), so no change by quantizing can "
+    "show; more shadows make it stronger, more epochs or a smaller pool give it more to find."
+  )
 
 
 def left_out(models, group: str) -> str:
@@ -526,7 +578,7 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
   targets = config.train.targets
   return records.run(
     name=config.name,
-    config=settings.plain(config),
+    config=settings.of_results(config),
     command=command,
     date=today(),
     seconds=audit.seconds(),
@@ -621,7 +673,10 @@ def attack_files(
     protocol="dedicated targets" if targets else "leave-one-out",
   )
   fewest = min(record["num_non_members"] for record in leaks)
-  sentences = {"false-positive rates": guards.too_few_non_members(fewest, config.attack.fprs)}
+  sentences = {
+    "false-positive rates": guards.too_few_non_members(fewest, config.attack.fprs),
+    "leakage": nothing_found(leaks),
+  }
   if accuracy is not None and "accuracy" in own:
     sentences["accuracy"] = guards.accuracy_mismatch(own["accuracy"], accuracy)
   cautions = [

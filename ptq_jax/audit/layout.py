@@ -422,6 +422,10 @@ class Manifest:
         return f"{path} is not as it was written."
     return None
 
+  def files(self, what: str) -> list[str]:
+    """What was written under a name, relative to the folder."""
+    return list(self._read().get(what, {"files": {}})["files"])
+
   def verify(self) -> list[str]:
     """A sentence for each group of files that is not as it was written."""
     found = [self.problem(what, entry["source"]) for what, entry in self._read().items()]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ptq_jax import settings, storage
 from ptq_jax.attack import protocol
-from ptq_jax.audit import work
+from ptq_jax.audit import reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, Audit
 from ptq_jax.data import augment
 from ptq_jax.models import call, conv, parallel
@@ -201,6 +201,7 @@ def check(audit: Audit) -> None:
       raise ValueError(f"{key} is {value!r}; it must be {demand}.")
   if audit.given_data is None and not str(config.data.name).strip():
     raise ValueError("data.name is empty; use digits, npz, image_folder or a set's name.")
+  reporting.check(config.report)
   _check_models(config)
   _check_quantize(audit)
   for name in config.attack.attacks:

@@ -1,25 +1,49 @@
 """Tables, figures and page of what an attack found.
 
-Reads results.jsonl; writes results.csv, results.md, figures/ and index.html beside it.
+Reads results.jsonl; writes results.csv, results.md, index.html and, with report.figures, figures/
+beside it. Training images may be personal data: only with report.show_images are the most exposed
+ones written, to exposed.npz, figures/ and the page.
 """
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from ptq_jax import settings, storage
 from ptq_jax.audit import events
 from ptq_jax.audit.layout import Manifest
+from ptq_jax.data import load
 from ptq_jax.report import figures, findings, page, records, tables
 
+IMAGES = ("exposed.npz", "figures/exposed_examples.png", "figures/exposed_examples.svg")
+"""Files that hold training images."""
 
-def report(workdir: pathlib.Path, *, listener: events.Listener = events.silent) -> list[dict]:
-  """Renders what an attack found, unless this version did so and all of it is there.
 
+def report(
+  workdir: pathlib.Path,
+  *,
+  options: settings.Config | Mapping[str, Any] | None = None,
+  dataset: load.Dataset | None = None,
+  listener: events.Listener = events.silent,
+) -> list[dict]:
+  """Renders what an attack found, unless this version did so like this and all of it is there.
+
+  Files of an earlier report that this one does not have are deleted.
+
+  Args:
+    workdir: where results.jsonl is.
+    options: the report section of a config; None: its defaults.
+    dataset: whose images are shown; None: that which config.json names, if any are.
+    listener: told what is done.
   Returns:
     The records.
   Raises:
     FileNotFoundError: if nothing was attacked.
     storage.CorruptFileError: if results.jsonl is not as it was written.
+    ValueError: for options that make no sense, or images that are not at hand.
   """
+  options = settings.plain(settings.audit_defaults().report if options is None else options)
+  check(options)
   path = workdir / "results.jsonl"
   if not path.exists():
     raise FileNotFoundError(f"{path} is missing; run bash launch/run attack first.")
@@ -27,13 +51,50 @@ def report(workdir: pathlib.Path, *, listener: events.Listener = events.silent) 
   manifest.require_same("attack", path)
   found = storage.read_records(path)
   records.validate_all(found)
-  source = settings.fingerprint([storage.digest(path), settings.code_version("report")])
+  code = settings.code_version("report", "audit/reporting")
+  source = settings.fingerprint([storage.digest(path), options, code])
   problem = manifest.problem("report", source)
   if problem:
     listener(events.Event("", sentence=f"{problem.rstrip('.')}; reporting anew."))
   if problem is not None:
-    manifest.record("report", source, write_report(found, workdir, listener))
+    images = _images(found, workdir, dataset, listener) if options["show_images"] else None
+    written = write_report(found, workdir, listener, options=options, images=images)
+    for name in {*manifest.files("report"), *IMAGES}:
+      if workdir / name not in written:
+        (workdir / name).unlink(missing_ok=True)
+    manifest.record("report", source, written)
   return found
+
+
+def check(options: settings.Config | Mapping[str, Any]) -> None:
+  """Raises ValueError for an option of a report that makes no sense."""
+  for name in ("show_images", "figures"):
+    if not isinstance(options[name], bool):
+      raise ValueError(f"report.{name} is {options[name]!r}; it must be True or False.")
+  if options["show_images"] and not options["figures"]:
+    raise ValueError("report.show_images needs report.figures, without which nothing is drawn.")
+
+
+def _images(found, workdir, dataset, listener):
+  """uint8[K, H, W, C], the pool's images of the most exposed examples; None if there are none."""
+  examples = tables.most_exposed(found)
+  if not examples:
+    sentence = "report.show_images: these results name no exposed examples, so none are shown."
+    listener(events.Event("", sentence=sentence))
+    return None
+  if dataset is None:
+    stored = storage.read_json(workdir / "config.json")
+    if not {"config", "data"} <= stored.keys():
+      raise ValueError(f"{workdir / 'config.json'} does not say which data this was; audit again.")
+    if stored["config"]["data"]["name"] == "arrays":
+      raise ValueError(
+        f"the images of {workdir} were given as arrays, so report.show_images needs audit.run with "
+        "the same data."
+      )
+    dataset = load.load(**stored["config"]["data"])
+    if dataset.fingerprint != stored["data"]:
+      raise ValueError(f"the data of {workdir} changed since, so its images cannot be shown.")
+  return dataset.train_images[[example["example"] for example in examples]]
 
 
 def summary(found: list[dict], workdir: pathlib.Path) -> str:
@@ -44,18 +105,25 @@ def summary(found: list[dict], workdir: pathlib.Path) -> str:
   return "\n".join([*lines, "", f"{workdir / 'index.html'} shows more."])
 
 
-def write_report(found: list[dict], workdir: pathlib.Path, listener) -> list[pathlib.Path]:
-  """Writes all files of the report."""
-  drawn = figures.draw(found)
-  exposed = workdir / "exposed.npz"
-  if exposed.exists():
-    pictures = storage.load_arrays(exposed)
-    captions = [
-      f"{label}  {value:.1f}"
-      for label, value in zip(pictures["labels"], pictures["exposure"], strict=True)
-    ]
-    drawn["exposed_examples"] = figures.image_grid(pictures["images"], captions)
+def write_report(
+  found: list[dict], workdir: pathlib.Path, listener, *, options: Mapping[str, Any], images=None
+) -> list[pathlib.Path]:
+  """Writes all files of the report; `images` are those of the most exposed examples."""
+  drawn = figures.draw(found) if options["figures"] else {}
   written = []
+  if images is not None:
+    examples = tables.most_exposed(found)
+    captions = [f"{each['label']}\nexposure {each['exposure']:z.1f}" for each in examples]
+    drawn["exposed_examples"] = figures.image_grid(images, captions)
+    written.append(workdir / "exposed.npz")
+    columns = {name: [each[name] for each in examples] for name in examples[0]}
+    storage.save_arrays(written[-1], images=images, **columns)
+  shown = [
+    record | {"config": record["config"] | {"report": dict(options)}}
+    if record["kind"] == "run"
+    else record
+    for record in found
+  ]
 
   def write(name: str, text: str) -> None:
     written.append(workdir / name)
@@ -63,10 +131,10 @@ def write_report(found: list[dict], workdir: pathlib.Path, listener) -> list[pat
 
   with events.Stage(listener, "report", len(drawn) + 2) as stage:
     write("results.csv", tables.to_csv(found))
-    shown = (tables.results, tables.attacks, tables.thresholds, tables.units, tables.warnings)
-    write("results.md", "\n".join(tables.to_markdown(table(found)) for table in shown))
+    made = (tables.results, tables.attacks, tables.thresholds, tables.units, tables.warnings)
+    write("results.md", "\n".join(tables.to_markdown(table(found)) for table in made))
     stage.advance(1, "tables")
-    write("index.html", page.render(found, drawn))
+    write("index.html", page.render(shown, drawn))
     stage.advance(1, "page")
     for name, figure in drawn.items():
       written.append(workdir / "figures" / f"{name}.png")

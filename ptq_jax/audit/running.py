@@ -23,6 +23,8 @@ SHORT = {
   "augmentation": "train.augmentation",
   "methods": "quantize.methods",
   "levels": "quantize.levels",
+  "show_images": "report.show_images",
+  "figures": "report.figures",
 }
 """Names of settings that `run` takes without their section."""
 
@@ -140,5 +142,10 @@ def run_stages(audit: Audit, *, command: str = "") -> Result:
       return Result([], audit.root, tuple(left) or (f"{len(missing)} files of scores",))
     with work.locked(audit.root / "locks" / "attack"):
       attacking.attack(audit, command=command)
-      found = reporting.report(audit.root, listener=audit.listener)
+      found = reporting.report(
+        audit.root,
+        options=audit.config.report,
+        dataset=audit.dataset,
+        listener=audit.listener,
+      )
   return Result(found, audit.root)

@@ -37,7 +37,7 @@ _METHOD_COLORS = {
   "obc": "#009e73",
 }
 _MORE_COLORS = ("#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
-_LEVEL_COLORS = ("#5b4fcf", "#b8459b", "#e8743b", "#e0a526")  # wide to narrow
+_LEVEL_COLORS = ("#5b4fcf", "#b8459b", "#e8743b", "#e0a526")  # many bits to few
 _MARKERS = {256: "P", 16: "o", 8: "h", 4: "s", 3: "^", 2: "v"}
 _DASHED = (0, (4, 2))
 _STYLE = {
@@ -149,7 +149,7 @@ def privacy_utility(
 ) -> Figure:
   """Test accuracy against TPR at an FPR: a panel per attacker, a line per method.
 
-  Lines run from full precision (star) through the bit widths, widest first; bars are the
+  Lines run from full precision (star) through the bit widths, most bits first; bars are the
   intervals of both axes. Where the last layer was swept, its usual precision is drawn
   (`records.main_rows`). In the panel of matched shadows, faint marks repeat what the attacker with
   full-precision shadows sees. Variants with less than half of full precision's accuracy would

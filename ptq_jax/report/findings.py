@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 from ptq_jax.report import records as records_lib
 from ptq_jax.report import tables
-from ptq_jax.report.records import Record, Row
+from ptq_jax.report.records import Record, Row, Variant
 from ptq_jax.report.tables import percent_words, rate_decimals
+
+LOSSES = (0.0, 0.01, 0.05, math.inf)
+"""Losses of test accuracy that matter alike: none measurable, a little, some, too much."""
 
 
 class Findings(NamedTuple):
@@ -16,6 +19,7 @@ class Findings(NamedTuple):
   headline: str  # the main finding
   audited: str  # what was audited, and how
   points: list[str]  # more findings, most important first
+  variant: Variant | None = None  # the one that the headline is about, if it is about one
 
 
 def summarize(
@@ -24,8 +28,9 @@ def summarize(
   """The main findings in words, computed from the records.
 
   Differences are paired, over the same examples and targets; one that may be 0 is not a finding.
-  How many variants leak less is judged with Holm's method for so many comparisons. All rates are
-  those of the attacker that `Row.counted` names.
+  Which variants leak less or more is judged with Holm's method for so many comparisons. All rates
+  are those of the attacker that `Row.counted` names. The headline is about the variant that
+  `most_useful` chooses; where there is none it says that nothing was measurable.
 
   Args:
     records: any records.
@@ -40,7 +45,9 @@ def summarize(
     return Findings("No leakage was measured.", audited, [])
   full = next((row for row in rows if row.variant.method == "none"), None)
   quantized = [row for row in rows if row.variant.method != "none"]
-  chosen = narrowest(records_lib.main_rows(quantized), fpr)
+  chosen = most_useful(quantized, fpr)
+  if full and chosen and _is_chance(full, fpr) and _falls(chosen, fpr):
+    chosen = None  # below nothing there is no less
   points = [
     *_baseline_point(full, fpr),
     *_protection_point(quantized, fpr),
@@ -52,38 +59,110 @@ def summarize(
     *_accuracy_point(full, quantized),
     *_weak_point(rows, fpr),
   ]
-  return Findings(_headline(full, chosen, fpr), audited, points)
+  headline = _headline(full, quantized, chosen, fpr)
+  return Findings(headline, audited, points, chosen and chosen.variant)
 
 
-def narrowest(rows: Sequence[Row], fpr: float) -> Row | None:
-  """Of the rows with the fewest levels, the most accurate: what one would ship at that width."""
-  measured = [row for row in rows if _rate(row.counted, fpr) is not None]
-  few = min((row.variant.levels or math.inf for row in measured), default=None)
-  some = [row for row in measured if (row.variant.levels or math.inf) == few]
-  return max(some, key=lambda row: _accuracy(row) or 0.0, default=None)
+def most_useful(rows: Sequence[Row], fpr: float) -> Row | None:
+  """Of the quantized rows whose leakage changes measurably, the one most worth telling.
+
+  One that leaks less: of those whose loss of test accuracy is in the lowest of `LOSSES`, the one
+  that leaks least against full precision. If none leaks less, the one whose leakage rises most.
+  """
+  known = _sure_changes(rows, fpr)
+  lower = [row for row in rows if row.variant in known and known[row.variant] < 0]
+  if lower:
+    return min(lower, key=lambda row: (_loss_class(row), known[row.variant]))
+  higher = [row for row in rows if row.variant in known]
+  return max(higher, key=lambda row: known[row.variant], default=None)
 
 
-def _headline(full: Row | None, chosen: Row | None, fpr: float) -> str:
+def _sure_changes(rows: Sequence[Row], fpr: float) -> dict[Variant, float]:
+  """Changes of the TPR that are not chance, over all rows together."""
+  found = records_lib.surely({row.variant: records_lib.change(row.counted, fpr) for row in rows})
+  return {which: change.value for which, change in found.items() if change.sure}
+
+
+def _loss_class(row: Row) -> int:
+  """Place in `LOSSES` of what the row costs; beyond them where that is not known."""
+  change = records_lib.accuracy_change(row.either)
+  if change is None or change.sure is None:
+    return len(LOSSES)
+  lost = max(0.0, -change.value) if change.sure else 0.0
+  return next(i for i, most in enumerate(LOSSES) if lost <= most)
+
+
+def _headline(full: Row | None, quantized: Sequence[Row], chosen: Row | None, fpr: float) -> str:
   at = f"of members found at {percent_words(fpr)} false positives"
   before = None if full is None else _rate(full.counted, fpr)
-  after = None if chosen is None else _rate(chosen.counted, fpr)
-  if after is None:
-    return (
-      "No leakage was measured."
-      if before is None
-      else (f"Full precision: {_percent(before, fpr)} {at}.")
-    )
-  name = records_lib.describe(chosen.variant)
   if before is None:
-    return f"{name}: {_percent(after, fpr)} {at}."
-  change = records_lib.change(chosen.counted, fpr)
-  rates = f"{_percent(before, fpr)} to {_percent(after, fpr)} {at}"
-  cost = _cost(chosen)
-  if change is None or change.sure is None:
-    return f"{name}: from {rates} (no paired interval recorded){cost}."
-  if not change.sure:
-    return f"{name}: from {rates}, a difference that may be chance{cost}."
-  return f"{name} {'lowers' if change.value < 0 else 'raises'} leakage from {rates}{cost}."
+    return _without_full_precision(quantized, fpr, at)
+  if chosen is not None:
+    rates = f"{_percent(before, fpr)} to {_percent(_rate(chosen.counted, fpr), fpr)} {at}"
+    verb = "lowers" if _falls(chosen, fpr) else "raises"
+    name = records_lib.describe(chosen.variant)
+    return f"{name} {verb} leakage from {rates}{_cost(chosen)}{_others(quantized, chosen, fpr)}."
+  if _is_chance(full, fpr):
+    return _nothing(full, fpr)
+  start = f"Full precision: {_percent(before, fpr)} {at}"
+  rates = [_rate(row.counted, fpr) for row in quantized]
+  if all(rate is None for rate in rates):
+    return f"{start}."
+  changes = [(row, records_lib.change(row.counted, fpr)) for row in quantized]
+  measured = [row for row, change in changes if change and change.p is not None]
+  if not measured:
+    low, high = (_percent(f(r for r in rates if r is not None), fpr) for f in (min, max))
+    some = low if low == high else f"{low} to {high}"
+    return f"{start}; quantized: {some} (no paired interval recorded)."
+  if len(measured) == 1:
+    row = measured[0]
+    name, rate = records_lib.describe(row.variant), _percent(_rate(row.counted, fpr), fpr)
+    return f"{start}; {name}: {rate}, a difference that may be chance{_cost(row)}."
+  return f"{start}; none of {len(measured)} quantized variants leaks measurably less or more."
+
+
+def _falls(row: Row, fpr: float) -> bool:
+  return records_lib.change(row.counted, fpr).value < 0
+
+
+def _others(quantized: Sequence[Row], chosen: Row, fpr: float) -> str:
+  """What the headline's variant does not say of the others, as the end of a sentence."""
+  if not _falls(chosen, fpr):
+    return "; no variant leaks measurably less" if len(quantized) > 1 else ""
+  keeps = any(_loss_class(row) == 0 for row in quantized)
+  costs = 0 < _loss_class(chosen) < len(LOSSES)
+  return "; no variant that keeps its accuracy leaks measurably less" if keeps and costs else ""
+
+
+def _without_full_precision(rows: Sequence[Row], fpr: float, at: str) -> str:
+  """The headline where nothing in full precision was attacked."""
+  rates = [rate for row in rows if (rate := _rate(row.counted, fpr)) is not None]
+  if not rates:
+    return "No leakage was measured."
+  if len(rates) > 1:
+    low, high = (_percent(rate, fpr) for rate in (min(rates), max(rates)))
+    return f"{len(rates)} quantized variants: {low} to {high} {at}; full precision is missing."
+  row = next(row for row in rows if _rate(row.counted, fpr) is not None)
+  if _is_chance(row, fpr):
+    return _nothing(row, fpr)
+  return f"{records_lib.describe(row.variant)}: {_percent(rates[0], fpr)} {at}."
+
+
+def _is_chance(row: Row, fpr: float) -> bool:
+  """Whether the interval of its TPR does not lie above what guessing finds."""
+  number = records_lib.tpr_at(row.counted, fpr)
+  low, _ = records_lib.bounds_of(number)
+  return low is not None and low <= number.get("chance", fpr)
+
+
+def _nothing(row: Row, fpr: float) -> str:
+  number = records_lib.tpr_at(row.counted, fpr)
+  found, chance = _percent(number["value"], fpr), _percent(number.get("chance", fpr), fpr)
+  name = records_lib.describe(row.variant)
+  return (
+    f"Nothing measurable was found: {name} shows {found} of members at {percent_words(fpr)} false"
+    f" positives, and guessing {chance}."
+  )
 
 
 def _cost(chosen: Row) -> str:
@@ -161,8 +240,8 @@ def _protection_point(quantized: Sequence[Row], fpr: float) -> list[str]:
   higher = [v for v, c in known.items() if c.sure and c.value > 0]
   sentence = f"{_variants(len(lower), len(known))} measurably less than full precision"
   if lower:
-    widest = max(lower, key=lambda v: v.levels or math.inf)
-    sentence += f"; the widest of them is {records_lib.describe(widest)}"
+    most = max(lower, key=lambda v: v.levels or math.inf)
+    sentence += f"; the one with most bits is {records_lib.describe(most)}"
   if higher:
     sentence += f"; {len(higher)} {'leaks' if len(higher) == 1 else 'leak'} more"
   if len(known) > 1:
@@ -253,7 +332,7 @@ def _unmatched_point(quantized: Sequence[Row]) -> list[str]:
 
 
 def _accuracy_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
-  """The narrowest variant whose accuracy did not fall measurably."""
+  """The variant with the fewest bits whose accuracy did not fall measurably."""
   if full is None:
     return []
   changes = [(records_lib.accuracy_change(row.either), row) for row in quantized]
@@ -263,8 +342,8 @@ def _accuracy_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
     return []
   row = min(same, key=lambda r: (r.variant.levels or math.inf, -(_accuracy(r) or 0.0)))
   return [
-    "The narrowest variant without a measurable loss of test accuracy against full precision"
-    f" ({100 * (_accuracy(full) or 0.0):.1f}%) is {records_lib.describe(row.variant)},"
+    "The fewest bits without a measurable loss of test accuracy against full precision"
+    f" ({100 * (_accuracy(full) or 0.0):.1f}%): {records_lib.describe(row.variant)},"
     f" {100 * (_accuracy(row) or 0.0):.1f}%."
   ]
 

@@ -22,7 +22,7 @@ CAPTIONS = {
   "privacy_utility": (
     "Privacy against utility",
     "Down is more private, right is more accurate. Each line runs from full precision (star)"
-    " through the bit widths, widest first; bars are the intervals of both axes.",
+    " to ever fewer bits; bars are the intervals of both axes.",
   ),
   "roc": (
     "ROC curves",
@@ -32,7 +32,7 @@ CAPTIONS = {
   ),
   "last_layer": (
     "Precision of the last layer",
-    "The last layer alone is stored wider or narrower; all other layers stay the same.",
+    "The last layer alone is stored with more or fewer bits; all other layers stay the same.",
   ),
   "releases": (
     "Publishing two versions",
@@ -41,12 +41,13 @@ CAPTIONS = {
   ),
   "exposure_overlap": (
     "Who is exposed",
-    "Are the most exposed examples the same as at full precision? 1 means the same set.",
+    "Are the most exposed examples the same as at full precision? An overlap of 1 means that they"
+    " are, 0 that none of them is.",
   ),
   "exposed_examples": (
     "The most exposed examples",
-    "Pool examples whose scores differ most between targets that trained on them and targets that"
-    " did not; below each the difference, in the attack's units.",
+    "Training images whose scores differ most between targets that trained on them and targets that"
+    " did not. Below each its label and its exposure.",
   ),
 }
 """Titles and captions of figures by name; other names are shown with their name as title."""
@@ -88,6 +89,12 @@ GLOSSARY = (
     " guessing, 1 is perfect.",
   ),
   (
+    "Exposure",
+    "Of one example: the mean of the attack's evidence that it is a member over the targets that"
+    " trained on it, less that over the others. 0 means that this attack cannot tell; with"
+    " LiRA it counts in logarithms, and 2.3 more is ten times the odds.",
+  ),
+  (
     "1.58 bit",
     "Three levels per weight, since log2 3 = 1.58. Bits per weight also count the last layer and"
     " the grids.",
@@ -106,6 +113,34 @@ GLOSSARY = (
   ),
 )
 """Terms and their meaning, in the order they are read."""
+
+
+READING = (
+  (
+    "What an audit cannot show",
+    "Finding little does not prove safety. These are the attacks that were tried, on these models,"
+    " with so many shadows: a better attack, or a person who is easier to tell apart than those in"
+    " this pool, may be found where this audit finds nobody. Only a proof, such as differentially"
+    " private training, bounds what every attacker can learn. Leakage of other kinds, such as"
+    " attributes or reconstruction, was not measured.",
+  ),
+  (
+    "What the attacker is assumed to know",
+    "The architecture and how it was trained, data of the same kind to train shadow models on, and"
+    " the example in question with its label. The attacker sees the model's outputs, not only the"
+    " class that it names. The best attacker also knows how the model was quantized. Somebody who"
+    " knows less finds less; who knows more, such as other members, may find more.",
+  ),
+  (
+    "What to do next",
+    "If a variant leaks measurably less at an accuracy you can ship, attack it again with more"
+    " shadows and another seed before you rely on it. If full precision leaks too much, do not rely"
+    " on fewer bits alone: regularise, train on more data, drop the most exposed examples, or train"
+    " with differential privacy, and audit again. If nothing leaks at full precision, this audit"
+    " says nothing for or against fewer bits.",
+  ),
+)
+"""Three paragraphs for who has to decide something."""
 
 
 def render(
@@ -133,11 +168,13 @@ def render(
   name = str(runs[0]["name"]) if runs else "audit"
   body = [
     _header(name, found),
-    _tiles(records_lib.side_by_side(records, attack=attack), fpr),
+    _tiles(records_lib.side_by_side(records, attack=attack), found.variant, fpr),
     _points(found.points),
     _warnings(records),
     _results(records, attack),
     _figures(figures),
+    _exposed(records),
+    _reading(),
     _glossary(),
     _more(records, attack),
     _settings(runs),
@@ -163,13 +200,12 @@ def _header(name: str, found: findings.Findings) -> str:
   )
 
 
-def _tiles(rows: Sequence[Row], fpr: float | None) -> str:
-  """Full precision beside the narrowest variant as both attackers see it."""
+def _tiles(rows: Sequence[Row], variant: records_lib.Variant | None, fpr: float | None) -> str:
+  """Full precision beside the headline's variant as each attacker sees it."""
   if fpr is None:
     return ""
   full = next((row for row in rows if row.variant.method == "none"), None)
-  quantized = records_lib.main_rows([row for row in rows if row.variant.method != "none"])
-  chosen = findings.narrowest(quantized, fpr)
+  chosen = next((row for row in rows if row.variant == variant), None)
   tiles = [] if full is None else [_tile(full, full.counted, "full-precision shadows", fpr)]
   for who in records_lib.Row._fields[1:] if chosen else ():
     record = getattr(chosen, who)
@@ -237,6 +273,19 @@ def _figures(figures: Mapping[str, Figure]) -> str:
   if not parts:
     return ""
   return f'<section><h2>Figures</h2><div class="figures">{"".join(parts)}</div></section>'
+
+
+def _exposed(records: Sequence[Record]) -> str:
+  table = tables.exposed(records)
+  if not table.rows:
+    return ""
+  rows = f"<details><summary>{len(table.rows)} examples</summary>{table_html(table)}</details>"
+  return f"<section><h2>{escape(table.title)}</h2>{rows}</section>"
+
+
+def _reading() -> str:
+  parts = "".join(f"<h3>{escape(title)}</h3><p>{escape(text)}</p>" for title, text in READING)
+  return f'<section class="reading"><h2>What this means</h2>{parts}</section>'
 
 
 def _glossary() -> str:
@@ -472,6 +521,7 @@ a { color: var(--accent); }
   letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
 .tile p { font-size: .92rem; }
 .range { color: var(--muted); white-space: nowrap; font-variant-numeric: tabular-nums; }
+.reading p { max-width: 62em; margin: 0 0 1rem; }
 .points { padding-left: 1.2rem; max-width: 62em; margin: 0; }
 .points li { margin: .35rem 0; overflow-wrap: anywhere; }
 .warnings { background: var(--warn-paper); border-color: var(--warn); padding: .9rem 1.1rem;

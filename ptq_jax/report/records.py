@@ -303,13 +303,13 @@ def variant(record: Record) -> Variant:
 
 
 def variants(records: Iterable[Record]) -> list[Variant]:
-  """Distinct variants of leakage records: full precision first, then by method, widest first."""
+  """Distinct variants of leakage records: full precision first, then by method, most bits first."""
   found = {variant(record) for record in records if record["kind"] == "leakage"}
   return sorted(found, key=order)
 
 
 def order(which: Variant) -> tuple:
-  """Sort key: full precision, then methods in the order of `METHODS`, widest grids first."""
+  """Sort key: full precision, then methods in the order of `METHODS`, most bits first."""
   known = METHODS.index(which.method) if which.method in METHODS else len(METHODS)
   return (known, which.method, -_width(which.levels), -_width(which.last_layer_levels))
 

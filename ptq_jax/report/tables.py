@@ -209,6 +209,31 @@ def classes(records: Sequence[Record], *, attack: str | None = None) -> Table:
   return Table("Classes that leak most", columns, rows, notes)
 
 
+def most_exposed(records: Sequence[Record]) -> list[Record]:
+  """The examples that the record of full precision names, most exposed first."""
+  found = records_lib.select(records, "exposure", method="none")
+  return list(found[0].get("examples") or ()) if found else []
+
+
+def exposed(records: Sequence[Record]) -> Table:
+  """The most exposed examples at full precision by their number; no image is shown."""
+  columns = [Column("example"), Column("number in\nthe source"), Column("label", words=True)]
+  rows = [
+    [
+      *(Cell(str(each[name]), sort=each[name]) for name in ("example", "source_example")),
+      _words(each["label"]),
+      Cell(_fixed(each["exposure"], 1), sort=each["exposure"]),
+    ]
+    for each in most_exposed(records)
+  ]
+  notes = [
+    "Example: its row in the pool and in exposure.csv, which has all examples and every bit width;"
+    " number in the source: its place among the training images that were read.",
+    "Training images may be personal data and are shown only with report.show_images=True.",
+  ]
+  return Table("The most exposed examples", [*columns, Column("exposure")], rows, notes)
+
+
 def units(records: Sequence[Record]) -> Table:
   """Reconstruction error of every unit: nearest rounding against the method (mean over models)."""
   columns = [
@@ -369,7 +394,7 @@ def _change(found: records_lib.Difference | None, fpr: float | None) -> Cell:
     return Cell(MISSING)
   decimals = rate_decimals(fpr)
   number = {"low": found.low, "high": found.high}
-  text, below = f"{100 * found.value:+.{decimals}f}", interval_words(number, 100.0, decimals)
+  text, below = f"{100 * found.value:+z.{decimals}f}", interval_words(number, 100.0, decimals)
   return Cell(text, below, sort=found.value, mark="" if found.sure else OVERLAP)
 
 
@@ -450,7 +475,7 @@ def interval_words(number: Record | None, scale: float = 1.0, decimals: int = 3)
 def _fixed(value: Any, decimals: int) -> str:
   if value is None or not math.isfinite(value):
     return MISSING
-  return f"{value:,.{decimals}f}"
+  return f"{value:z,.{decimals}f}"
 
 
 def _scientific(value: Any) -> Cell:

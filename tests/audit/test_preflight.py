@@ -52,6 +52,8 @@ BAD = {
   "attack.resamples": (0,),
   "attack.confidence": (0.0, 1.0, 2.0),
   "attack.exposed_share": (0.0, 2.0),
+  "report.show_images": ("yes", 1),
+  "report.figures": ("no", None),
 }
 """Values that make no sense, by key; None and 31 stand for values that do."""
 
@@ -115,6 +117,7 @@ def test_what_changes_no_result_may_change(copied, tmp_path):
     data__cache_dir=str(tmp_path),
     quantize__levels=(3, 4),
     attack__confidence=0.9,
+    report__figures=False,
   )
   assert [len(chunk) for chunk in audit_.work.chunks] == [4, 4]
   assert not audit_.pending(layout.Variant("obc", 3, 3), audit_.work.chunks[0])

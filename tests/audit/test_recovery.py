@@ -31,7 +31,6 @@ FILES = (
   "figures/roc.png",
   "figures/privacy_utility.svg",
   "exposure.csv",
-  "exposed.npz",
   "membership.npz",
   "manifest.json",
   "config.json",

@@ -37,8 +37,8 @@ def test_a_clear_drop_is_a_finding(example):
   assert found.points == [
     "At full precision the attack finds 10.0% of members (9.0\u201311.0%) at a threshold that 1% of"
     " non-members pass, 10.0 times chance (1.0%).",
-    "1 of 1 quantized variants leaks measurably less than full precision; the widest of them is OBC"
-    " at 1.58 bit.",
+    "1 of 1 quantized variants leaks measurably less than full precision; the one with most bits is"
+    " OBC at 1.58 bit.",
     "An attacker who does not quantize its shadows and does not rescale underestimates leakage most"
     " for OBC at 1.58 bit: it finds 2.0% of members where the best attacker finds 5.0%. That one"
     " finds measurably more in 1 of 1 quantized variants.",
@@ -70,13 +70,13 @@ def test_a_paired_difference_beyond_chance_is_a_finding_though_intervals_overlap
 def test_differences_that_may_be_chance_are_no_finding(example):
   found = findings.summarize(audit(example, 0.10, 0.09, 0.095, accuracy=(0.9, 0.895)))
   assert found.headline == (
-    "OBC at 1.58 bit: from 10.0% to 9.5% of members found at 1% false positives, a difference"
-    " that may be chance, with no measurable change of test accuracy."
+    "Full precision: 10.0% of members found at 1% false positives; OBC at 1.58 bit: 9.5%, a"
+    " difference that may be chance, with no measurable change of test accuracy."
   )
   assert any(
     point.startswith("No quantized variant leaks measurably less") for point in found.points
   )
-  assert any("without a measurable loss of test accuracy against full precision (90.0%) is OBC" in p
+  assert any("measurable loss of test accuracy against full precision (90.0%): OBC" in p
              for p in found.points)  # fmt: skip
 
 
@@ -125,12 +125,17 @@ def test_missing_intervals_are_admitted(example):
   found = [dict(record) for record in audit(example, 0.10, 0.02, 0.05)]
   for record in found:
     record.pop("minus_full_precision", None)
-  assert "(no paired interval recorded)" in findings.summarize(found).headline
+  assert findings.summarize(found).headline.endswith(
+    "quantized: 5.0% (no paired interval recorded)."
+  )
 
 
 def test_leakage_at_chance_is_said(example):
   found = findings.summarize([example.leakage(tpr=rates(example, 0.0105))])
-  assert found.headline == "Full precision: 1.1% of members found at 1% false positives."
+  assert found.headline == (
+    "Nothing measurable was found: full precision shows 1.1% of members at 1% false positives, and"
+    " guessing 1.0%."
+  )
   assert found.points == [
     "At full precision the attack finds 1.1% of members (0.9\u20131.2%) at a threshold that 1% of"
     " non-members pass; chance (1.0%) is within the interval."
@@ -167,18 +172,76 @@ def test_weak_rates_are_pointed_out(example):
   )
 
 
-def test_the_headline_takes_the_most_accurate_of_the_narrowest(example):
-  found = [
-    example.leakage("nearest", 3, 3, accuracy=0.5),
-    example.leakage("obc", 3, 3, accuracy=0.8),
-    example.leakage("obc", 4, 4, accuracy=0.9),
-    example.leakage("brecq", 3, 3, accuracy=0.7),
-  ]
-  rows = records.side_by_side(found)
-  assert findings.narrowest(rows, 0.01).variant.method == "obc"
-  assert findings.narrowest(rows, 0.01).variant.levels == 3
-  assert findings.narrowest([], 0.01) is None
-  assert findings.summarize(found).headline.startswith("OBC at 1.58 bit: ")
+def variant(example, method, levels, change, lost=None, *, half=0.002):
+  """A quantized variant: its change of TPR at 1 % from .1, and what it loses in accuracy."""
+  fields = {"minus_full_precision": example.differences(change, half=half)}
+  if lost is not None:
+    fields["accuracy_minus_full_precision"] = example.paired(-lost, half=0.004)
+  return example.leakage(
+    method, levels, levels, "best", tpr=rates(example, 0.1 + change), accuracy=0.9, **fields
+  )
+
+
+def headline(example, *quantized, full=0.1):
+  found = findings.summarize([example.leakage(tpr=rates(example, full)), *quantized])
+  return found.headline, found.variant
+
+
+def test_the_headline_is_about_the_fall_that_costs_least(example):
+  """Not about the fewest bits, whose fall is larger and whose accuracy is gone."""
+  broken = variant(example, "nearest", 3, -0.08, 0.5)
+  small = variant(example, "obc", 3, -0.03, 0.001)
+  said, which = headline(example, broken, small, variant(example, "obc", 4, -0.01, 0.001))
+  assert which == ("obc", 3, 3)
+  assert said.endswith("with no measurable change of test accuracy.")
+  said, which = headline(example, broken, variant(example, "obc", 16, 0.0, 0.001))
+  assert which == ("nearest", 3, 3)
+  assert said == (
+    "Nearest at 1.58 bit lowers leakage from 10.0% to 2.0% of members found at 1% false positives,"
+    " at a cost of 50.0 points of test accuracy; no variant that keeps its accuracy leaks"
+    " measurably less."
+  )
+
+
+def test_falls_of_like_cost_are_told_by_their_size(example):
+  less = variant(example, "obc", 4, -0.02, 0.006)
+  more = variant(example, "obc", 3, -0.05, 0.009)
+  assert headline(example, less, more)[1] == ("obc", 3, 3)
+
+
+def test_a_rise_is_told_where_nothing_falls(example):
+  said, which = headline(
+    example, variant(example, "obc", 3, 0.03), variant(example, "obc", 4, 0.01),
+    variant(example, "obc", 16, -0.001),
+  )  # fmt: skip
+  assert which == ("obc", 3, 3)
+  assert said.endswith("raises leakage from 10.0% to 13.0% of members found at 1% false positives;"
+                       " no variant leaks measurably less.")  # fmt: skip
+
+
+def test_nothing_significant_is_said_plainly(example):
+  said, which = headline(example, variant(example, "obc", 3, -0.001), variant(example, "obc", 4, 0))
+  assert which is None
+  assert said == (
+    "Full precision: 10.0% of members found at 1% false positives; none of 2 quantized variants"
+    " leaks measurably less or more."
+  )
+
+
+def test_a_fall_below_chance_is_no_headline(example):
+  """Full precision shows nothing; fewer bits can then protect nothing."""
+  said, which = headline(example, variant(example, "obc", 3, -0.005), full=0.0105)
+  assert which is None
+  assert said.startswith("Nothing measurable was found: full precision shows 1.1% of members")
+
+
+def test_without_full_precision_there_is_a_range(example):
+  found = [example.leakage("obc", n, n, tpr=rates(example, r)) for n, r in ((3, 0.02), (4, 0.05))]
+  assert findings.summarize(found).headline == (
+    "2 quantized variants: 2.0% to 5.0% of members found at 1% false positives; full precision is"
+    " missing."
+  )
+  assert findings.summarize(found[:1]).headline.startswith("OBC at 1.58 bit: 2.0% of members")
 
 
 def test_dedicated_targets_are_described(example):
