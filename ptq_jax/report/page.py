@@ -115,6 +115,11 @@ GLOSSARY = (
 """Terms and their meaning, in the order they are read."""
 
 
+NOTICE = (
+  "Training images may be personal data and are shown only with report.show_images=True; here are"
+  " their numbers."
+)
+
 READING = (
   (
     "What an audit cannot show",
@@ -173,7 +178,7 @@ def render(
     _warnings(records),
     _results(records, attack),
     _figures(figures),
-    _exposed(records),
+    _exposed(records, shown="exposed_examples" in figures),
     _reading(),
     _glossary(),
     _more(records, attack),
@@ -256,7 +261,8 @@ def _results(records: Sequence[Record], attack: str) -> str:
     return ""
   data = base64.b64encode(tables.to_csv(records).encode()).decode()
   link = f'<a download="results.csv" href="data:text/csv;base64,{data}">all numbers as CSV</a>'
-  return f"<section><h2>{escape(table.title)}</h2>{table_html(table)}<p>{link}</p></section>"
+  hint = '<p class="hint">Click a heading to sort. The table scrolls sideways.</p>'
+  return f"<section><h2>{escape(table.title)}</h2>{hint}{table_html(table)}<p>{link}</p></section>"
 
 
 def _figures(figures: Mapping[str, Figure]) -> str:
@@ -275,12 +281,14 @@ def _figures(figures: Mapping[str, Figure]) -> str:
   return f'<section><h2>Figures</h2><div class="figures">{"".join(parts)}</div></section>'
 
 
-def _exposed(records: Sequence[Record]) -> str:
+def _exposed(records: Sequence[Record], *, shown: bool) -> str:
+  """The numbers of the most exposed examples, and why their images are not here."""
   table = tables.exposed(records)
   if not table.rows:
     return ""
+  notice = "" if shown else f"<p>{escape(NOTICE)}</p>"
   rows = f"<details><summary>{len(table.rows)} examples</summary>{table_html(table)}</details>"
-  return f"<section><h2>{escape(table.title)}</h2>{rows}</section>"
+  return f"<section><h2>{escape(table.title)}</h2>{notice}{rows}</section>"
 
 
 def _reading() -> str:
@@ -483,13 +491,13 @@ _DOCUMENT = """<!doctype html>
 _STYLE = """
 :root {
   --paper: #ffffff; --page: #f5f6f8; --ink: #1b1b1f; --muted: #5e6570; --line: #dfe2e7;
-  --accent: #0b62b0; --warn: #9a5b00; --warn-paper: #fff6e5;
+  --accent: #0b62b0; --warn: #9a5b00; --warn-paper: #fff6e5; --shade: #00000038;
   --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #1c1f24; --page: #14161a; --ink: #e9ebef; --muted: #9aa2ae; --line: #343941;
-    --accent: #6db3f2; --warn: #f0b95a; --warn-paper: #2b2416;
+    --accent: #6db3f2; --warn: #f0b95a; --warn-paper: #2b2416; --shade: #000000a0;
   }
   figure svg { filter: brightness(1.2); }
 }
@@ -528,7 +536,14 @@ a { color: var(--accent); }
   margin-top: 1.6rem; }
 .warnings h2 { margin: 0 0 .3rem; font-size: 1rem; color: var(--warn); }
 .warnings ul { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; position: relative; }
+.hint { color: var(--muted); font-size: .85rem; margin-bottom: .5rem; }
+.scroll { overflow-x: auto; position: relative; scrollbar-width: thin; }
+section > .scroll, details > .scroll, figure > .scroll { background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) 0 0 / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / .8rem 100% no-repeat scroll,
+  var(--paper); }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 .data { font-variant-numeric: tabular-nums; line-height: 1.3; }
 .data th, .data td { padding: .42rem .6rem; text-align: right; vertical-align: top;

@@ -229,7 +229,6 @@ def exposed(records: Sequence[Record]) -> Table:
   notes = [
     "Example: its row in the pool and in exposure.csv, which has all examples and every bit width;"
     " number in the source: its place among the training images that were read.",
-    "Training images may be personal data and are shown only with report.show_images=True.",
   ]
   return Table("The most exposed examples", [*columns, Column("exposure")], rows, notes)
 

@@ -1,6 +1,7 @@
 """The smallest audit, run once in this process, and copies of it that a test may spoil."""
 
 import ast
+import contextlib
 import pathlib
 import shutil
 
@@ -90,11 +91,17 @@ def assert_same(one, other):
   assert leakage(one) == leakage(other)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_figures():
+@contextlib.contextmanager
+def few():
   """Two small figures instead of all: they take most of the time, and have their own tests."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(reporting.figures, "draw", lambda found: {n: small_figure() for n in FIGURES})
+    yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_figures():
+  with few():
     yield
 
 
@@ -107,10 +114,12 @@ def small_figure():
   return figure
 
 
-@pytest.fixture(scope="module")
-def finished(few_figures, tmp_path_factory):
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+  """Run once in a process, for all modules of these tests."""
   workdir = tmp_path_factory.mktemp("finished")
-  run(workdir)
+  with few():
+    run(workdir)
   return workdir
 
 

@@ -52,8 +52,8 @@ BAD = {
   "attack.resamples": (0,),
   "attack.confidence": (0.0, 1.0, 2.0),
   "attack.exposed_share": (0.0, 2.0),
-  "report.show_images": ("yes", 1),
-  "report.figures": ("no", None),
+  "report.show_images": (None,),
+  "report.figures": (None,),
 }
 """Values that make no sense, by key; None and 31 stand for values that do."""
 
