@@ -15,8 +15,6 @@ from ml_collections import config_flags
 from ptq_jax import settings
 from ptq_jax.audit import stopping, work
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
 USER_ERROR, FAILURE = 2, 1
 """Exit codes: what the user can repair, and what went wrong while running.
 
@@ -63,7 +61,7 @@ def launch(
   for name, text in switches.items():
     flags.DEFINE_bool(name, False, text)
   debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-  values = _define_config(_shipped(_base(sys.argv, config)))
+  values = _define_config(settings.shipped(_base(sys.argv, config)))
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):
     print(_help(description, flags.FLAGS["config"].value, (*options, *switches)))
     sys.exit(0)
@@ -106,15 +104,6 @@ def _base(arguments, default):
   return "configs/own.py" if any(a.startswith(own) for a in arguments) else default
 
 
-def _shipped(path):
-  """A path of a config, which need not be there if there is one of its name beside `launch`."""
-  file, colon, argument = path.partition(":")
-  beside = ROOT / file
-  return (
-    path if pathlib.Path(file).exists() or not beside.exists() else f"{beside}{colon}{argument}"
-  )
-
-
 def command_line() -> str:
   """How this program was called."""
   return shlex.join(["python", "-m", f"launch.{pathlib.Path(_ARGUMENTS[0]).stem}", *_ARGUMENTS[1:]])
@@ -150,9 +139,9 @@ def _define_config(default):
       sys.argv.remove(argument)
   for index, argument in enumerate(sys.argv):  # shipped configs are known from any folder
     if argument.startswith("--config="):
-      sys.argv[index] = f"--config={_shipped(argument.partition('=')[2])}"
+      sys.argv[index] = f"--config={settings.shipped(argument.partition('=')[2])}"
     elif sys.argv[index - 1] == "--config":
-      sys.argv[index] = _shipped(argument)
+      sys.argv[index] = settings.shipped(argument)
   try:
     return config_flags.DEFINE_config_file(
       "config", default, "Python file with get_config(arg=''); FILE.py:ARG passes it ARG."

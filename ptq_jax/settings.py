@@ -147,16 +147,31 @@ def get(config: Config | Mapping[str, Any], key: str) -> Any:
   return config
 
 
+def shipped(path: str) -> str:
+  """The path of a config; a file that is not there is looked for among the shipped ones.
+
+  Those are known by their name, "smoke", and as "configs/smoke.py" from any folder.
+  """
+  file, colon, argument = str(path).partition(":")
+  root = pathlib.Path(__file__).resolve().parents[1]
+  for known in (root / file, root / "configs" / f"{file}.py"):
+    if file and not pathlib.Path(file).is_file() and known.is_file():
+      return f"{known}{colon}{argument}"
+  return str(path)
+
+
 def load(path: str) -> Config:
-  """The config of a file, "path/to/file.py" or "path/to/file.py:argument".
+  """The config of a file, "path/to/file.py" or "path/to/file.py:argument", or of a shipped name.
 
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: for a file that sets an unknown key or gives no config, or whose imports fail.
   """
-  file, _, argument = str(path).partition(":")
+  file, _, argument = shipped(path).partition(":")
   if not pathlib.Path(file).is_file():
-    raise FileNotFoundError(f"--config {file} does not exist; the shipped ones are in configs/.")
+    folder = pathlib.Path(__file__).resolve().parents[1] / "configs"
+    names = sorted(found.stem for found in folder.glob("*.py") if found.stem != "protocols")
+    raise FileNotFoundError(f"--config {file} does not exist; shipped ones are {', '.join(names)}.")
   spec = importlib.util.spec_from_file_location("ptq_jax_config", file)
   module = importlib.util.module_from_spec(spec)
   try:

@@ -188,6 +188,7 @@ SMALL = {
   "quantize.methods": "nearest",
   "quantize.calibration_size": "10",
   "attack.resamples": "10",
+  "report.figures": "False",
 }
 
 

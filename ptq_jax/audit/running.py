@@ -79,7 +79,7 @@ def _numbers(record):
 
 
 def run(
-  config: settings.Config | None = None,
+  config: settings.Config | str | None = None,
   *,
   workdir: pathlib.Path | str,
   data: Any = None,
@@ -90,7 +90,8 @@ def run(
   """Trains, quantizes, attacks and reports; goes on where an earlier call in the workdir was.
 
   Args:
-    config: settings, of `settings.audit_defaults` or a config file; None: the defaults.
+    config: settings, of `settings.audit_defaults`; or a config file or the name of a shipped one;
+      None: the defaults.
     workdir: where everything is written.
     data: (x_train, y_train, x_test, y_test), uint8 images [N, H, W, C] and integer labels [N];
       a name of `data.load`, or a dict of its arguments; None: as the config says.
@@ -103,6 +104,8 @@ def run(
   Raises:
     ValueError, OSError: one sentence, before anything is computed where it can be known by then.
   """
+  if isinstance(config, str):
+    config = settings.load(config)
   config = settings.audit_defaults() if config is None else config.copy_and_resolve_references()
   for name, value in chosen.items():
     key = SHORT.get(name, name)

@@ -1,6 +1,7 @@
 """Data and a model of one's own, from a folder that is not the checkout."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import numpy as np
 from launch import flags
 from ptq_jax import storage
 from ptq_jax.report import records
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 MODEL = """
 import flax.linen as nn
@@ -46,9 +49,10 @@ def launch(folder, *arguments):
     "--config.data.path=mine.npz", "--config.model.name=mine:make", "--config.train.models=4",
     "--config.train.targets=3", "--config.train.epochs=2", "--config.train.batch_size=10",
     "--config.quantize.levels=3", "--config.quantize.calibration_size=10",
-    "--config.attack.attacks=lira_online_pooled", "--config.attack.resamples=20", *arguments,
+    "--config.attack.attacks=lira_online_pooled", "--config.attack.resamples=20",
+    "--config.report.figures=False", *arguments,
   ]  # fmt: skip
-  environment = os.environ | {"PYTHONPATH": f"{flags.ROOT}:."}
+  environment = os.environ | {"PYTHONPATH": f"{ROOT}:."}
   return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
