@@ -48,9 +48,8 @@ def test_the_console_script_knows_the_tasks_of_launch_run():
 def test_a_task_gets_its_flags(monkeypatch):
   seen = []
   monkeypatch.setattr(sys, "argv", ["/bin/ptq-jax", "audit", "--config", "smoke"])
-  monkeypatch.setattr(
-    importlib.import_module("launch.audit"), "main", lambda: seen.append(sys.argv)
-  )
+  module = types.SimpleNamespace(main=lambda: seen.append(sys.argv))
+  monkeypatch.setitem(sys.modules, "launch.audit", module)
   command.main()
   assert seen == [["audit", "--config", "smoke"]]
 
