@@ -103,16 +103,22 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
   """Stacks the leaves of equal trees along a new first axis, the model axis."""
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  return _stack(list(trees))
 
 
 def concatenate(trees: Sequence[PyTree]) -> PyTree:
   """Joins stacked trees along their first axis."""
-  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+  return _concatenate(list(trees))
 
 
 def take(tree: PyTree, index) -> PyTree:
-  """Indexes the first axis of every leaf: one model (an integer) or some (a slice or an array)."""
+  """Indexes the first axis of every leaf: one model (an integer) or some (a slice or integers).
+
+  All leaves of a tree on a device are taken by one program.
+  """
+  whole = not isinstance(index, slice) and np.asarray(index).dtype.kind in "iu"
+  if whole and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+    return _take(tree, index)
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
@@ -131,6 +137,21 @@ def length(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
   """Bytes of all leaves, arrays or `jax.ShapeDtypeStruct`."""
   return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _stack(trees):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@jax.jit
+def _concatenate(trees):
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+
+@jax.jit
+def _take(tree, index):
+  return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _is_leaf(node) -> bool:

@@ -11,7 +11,8 @@ from ptq_jax import models
 from ptq_jax.attack import confidence
 from ptq_jax.data import augment
 from ptq_jax.models import fold_batchnorm, predict, units
-from ptq_jax.quantize import adaround, brecq, capture, grid, hessian, obc, quadratic, reconstruct
+from ptq_jax.models.call import Hashable
+from ptq_jax.quantize import adaround, brecq, grid, hessian, obc, quadratic, reconstruct
 from ptq_jax.train import fit, optimizer, shadows
 
 M, BATCH, IMAGE = 2, 8, (8, 8, 3)
@@ -126,7 +127,7 @@ def test_brecq(lower, model):
   lowering, at_once, steps = brecq._execution(unit, jax.default_backend())
   assert at_once > 1
   assert steps > 1
-  run = brecq.UnitRun(capture.Hashable(model), unit, lowering)
+  run = brecq.UnitRun(Hashable(model), unit, lowering)
   inputs = jax.eval_shape(lambda v, x: units.run(model, v, x, "stem"), folded, images)
   targets = jax.eval_shape(lambda v, x: units.run(model, v, x, unit.name), folded, inputs)
   weights = {layer.path: zeros(*layer.kernel_shape) for layer in unit.layers}

@@ -27,6 +27,7 @@ import optax
 
 from ptq_jax import trees
 from ptq_jax.models import convnet, fold_batchnorm, units
+from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import adaround, brecq, capture, grid, plan, quadratic, rounding
 
@@ -340,7 +341,7 @@ def _plain_units(case, plain_steps) -> Times:
     weights = {layer.path: trees.get(one, layer.kernel) for layer in unit.layers}
     grids = {path: grid.fit(kernel, levels=plans[0][path]) for path, kernel in weights.items()}
     outputs = units.run(model, one, inputs, unit.name)
-    run = brecq.UnitRun(capture.Hashable(model), unit, "native")
+    run = brecq.UnitRun(Hashable(model), unit, "native")
     _, times = plain_reconstruct(run, weights, grids, one, inputs, outputs, plain_steps)
     total = Times(*map(sum, zip(total, times, strict=True)))
     inputs = outputs

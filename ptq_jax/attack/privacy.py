@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
-import scipy.stats
+import scipy.special
 
 from ptq_jax.base import ArrayLike, Shaped, as_members, as_scores
 
@@ -25,12 +25,12 @@ MAX_THRESHOLDS = 200
 
 
 class Counts(NamedTuple):
-  """How many of each group a threshold accepts, of how many."""
+  """How many of each group a threshold accepts, of how many; numbers, or arrays of one shape."""
 
-  true_positives: float
-  members: int
-  false_positives: float
-  non_members: int
+  true_positives: ArrayLike
+  members: ArrayLike
+  false_positives: ArrayLike
+  non_members: ArrayLike
 
 
 class Bound(NamedTuple):
@@ -55,12 +55,7 @@ def epsilon_of_counts(counts: Counts, *, delta: float = DELTA, confidence: float
   Raises:
     ValueError: if a group is empty, or `delta` or `confidence` is out of range.
   """
-  _check(delta, confidence)
-  tail = (1 - confidence) / 4
-  tpr, fnr = _limits(counts.true_positives, counts.members, tail)
-  tnr, fpr = _limits(counts.non_members - counts.false_positives, counts.non_members, tail)
-  ratios = [(tpr - delta) / fpr, (tnr - delta) / fnr]
-  return float(max(0.0, *(np.log(ratio) for ratio in ratios if ratio > 0), 0.0))
+  return float(_epsilons(counts, delta=delta, confidence=confidence))
 
 
 def gaussian_of_counts(counts: Counts, *, delta: float = DELTA, confidence: float = 0.95) -> float:
@@ -73,14 +68,29 @@ def gaussian_of_counts(counts: Counts, *, delta: float = DELTA, confidence: floa
   return epsilon_of_mu(max(mu_of_counts(counts, confidence=confidence), 0.0), delta=delta)
 
 
+def _epsilons(counts: Counts, *, delta: float, confidence: float) -> np.ndarray:
+  """`epsilon_of_counts` of arrays of counts."""
+  _check(delta, confidence)
+  tail = (1 - confidence) / 4
+  tpr, fnr = _limits(counts.true_positives, counts.members, tail)
+  tnr, fpr = _limits(counts.non_members - counts.false_positives, counts.non_members, tail)
+  ratios = np.maximum((tpr - delta) / fpr, (tnr - delta) / fnr)
+  return np.log(np.maximum(ratios, 1.0))
+
+
 def mu_of_counts(counts: Counts, *, confidence: float = 0.95) -> float:
   """Lower limit of Phi^-1(TPR) - Phi^-1(FPR); each limit has half of 1 - confidence."""
+  return float(_mus(counts, confidence=confidence))
+
+
+def _mus(counts: Counts, *, confidence: float) -> np.ndarray:
+  """`mu_of_counts` of arrays of counts."""
   tail = (1 - confidence) / 2
   tpr, _ = _limits(counts.true_positives, counts.members, tail)
   _, fpr = _limits(counts.non_members - counts.false_positives, counts.non_members, tail)
-  if tpr == 0 or fpr == 1:
-    return -np.inf
-  return float(scipy.stats.norm.ppf(tpr) - scipy.stats.norm.ppf(fpr))
+  useless = (tpr == 0) | (fpr == 1)
+  tpr, fpr = np.where(useless, 0.5, (tpr, fpr))
+  return np.where(useless, -np.inf, scipy.special.ndtri(tpr) - scipy.special.ndtri(fpr))
 
 
 def epsilon_of_mu(mu: float, *, delta: float = DELTA) -> float:
@@ -95,8 +105,8 @@ def epsilon_of_mu(mu: float, *, delta: float = DELTA) -> float:
     return np.inf
 
   def excess(epsilon):
-    one = scipy.stats.norm.cdf(mu / 2 - epsilon / mu)
-    other = scipy.stats.norm.logcdf(-mu / 2 - epsilon / mu) + epsilon
+    one = scipy.special.ndtr(mu / 2 - epsilon / mu)
+    other = scipy.special.log_ndtr(-mu / 2 - epsilon / mu) + epsilon
     return one - np.exp(other) - delta
 
   if excess(0.0) <= 0:
@@ -137,13 +147,10 @@ def lower_bound(
     np.quantile(scores[:, first], np.linspace(0, 1, MAX_THRESHOLDS), method="lower")
   )
   options = {"delta": delta, "confidence": confidence}
-  counts = [_counts(scores[:, first], members[:, first], threshold) for threshold in tried]
+  counts = _counts(scores[:, first], members[:, first], tried)
   judged = [
-    _counts(scores[:, ~first], members[:, ~first], tried[int(np.argmax(values))])
-    for values in (
-      [epsilon_of_counts(count, **options) for count in counts],
-      [mu_of_counts(count, confidence=confidence) for count in counts],
-    )
+    _counts(scores[:, ~first], members[:, ~first], tried[np.argmax(values)])
+    for values in (_epsilons(counts, **options), _mus(counts, confidence=confidence))
   ]
   return Bound(
     epsilon_of_counts(judged[0], **options),
@@ -153,24 +160,29 @@ def lower_bound(
   )
 
 
-def _counts(scores, members, threshold):
-  """Mean counts of a threshold over targets, of the examples of the one with the fewest."""
-  accepted = scores >= threshold
+def _counts(scores, members, thresholds):
+  """Mean counts of thresholds over targets, of the examples of the one with the fewest."""
   parts = []
   for side in (members, ~members):
     sizes = side.sum(axis=1)
     if sizes.min() == 0:
       raise ValueError("half of the examples has no member, or no non-member; give more examples.")
-    parts += [float(((accepted & side).sum(axis=1) / sizes).mean() * sizes.min()), int(sizes.min())]
+    rates = [
+      1 - np.searchsorted(np.sort(row[chosen]), thresholds) / size
+      for row, chosen, size in zip(scores, side, sizes, strict=True)
+    ]
+    parts += [np.mean(rates, axis=0) * sizes.min(), sizes.min()]
   return Counts(*parts)
 
 
 def _limits(count, trials, tail):
-  """Lower limit of a rate, and upper limit of its complement, at one tail each."""
-  if not 0 <= count <= trials or trials == 0:
+  """Lower limits of rates, and upper limits of their complements, at one tail each."""
+  count, trials = np.asarray(count), np.asarray(trials)
+  if not ((count >= 0) & (count <= trials) & (trials > 0)).all():
     raise ValueError(f"counts are {count} of {trials}; need 0 to all of at least one.")
-  low = scipy.stats.beta.ppf(tail, count, trials - count + 1) if count > 0 else 0.0
-  return float(low), float(1 - low)
+  some = np.where(count > 0, count, 1)
+  low = np.where(count > 0, scipy.special.betaincinv(some, trials - some + 1, tail), 0.0)
+  return low, 1 - low
 
 
 def _check(delta, confidence):

@@ -59,3 +59,23 @@ def rngs(key: Key) -> dict[str, Key]:
   """Randomness for a call in training mode: dropout's key, and "params", from which Flax takes
   keys of any other name (`make_rng`)."""
   return {"dropout": key, "params": key}
+
+
+class Hashable:
+  """A Linen module as a static argument of jit, even if its fields cannot be hashed."""
+
+  def __init__(self, module: nn.Module):
+    self.module = module
+
+  def __hash__(self) -> int:
+    return hash(type(self.module))
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Hashable):
+      return NotImplemented
+    if self.module is other.module:
+      return True
+    try:
+      return bool(self.module == other.module)
+    except ValueError:  # fields that are arrays have no single truth value
+      return False

@@ -36,7 +36,12 @@ def multiply_adds(model: nn.Module, *, image_shape: tuple[int, ...]) -> int:
     ValueError: a shape that does not fit the model, or layers that cannot be counted; see
       `units.layers`.
   """
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  return _multiply_adds(call.Hashable(model), tuple(image_shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _multiply_adds(hashable, image_shape):
+  model, images = hashable.module, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   variables = jax.eval_shape(functools.partial(call.init, model), jax.random.key(0), images)
   return sum(map(of_layer, units.layers(model, variables, images)))
 

@@ -44,7 +44,7 @@ def fold_stacked(
 ) -> Variables:
   """`fold` of models stacked along a first axis; the foldings are tried on the first model."""
   found = _that_hold(model, trees.take(variables, 0), images[0])
-  return jax.vmap(functools.partial(apply, found=found))(variables)
+  return jax.jit(jax.vmap(functools.partial(apply, found=found)))(variables)
 
 
 def apply(variables: Variables, found: Mapping[str, tuple[str, float]]) -> Variables:

@@ -10,6 +10,7 @@ cannot be is listed by name and stays in full precision.
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -168,6 +169,18 @@ def survey(
   Raises:
     ValueError: the images do not fit the model; no layer at all.
   """
+  leaves, tree = jax.tree.flatten(jax.tree.map(_abstract, (variables, images)))
+  return _survey(call.Hashable(model), tree, tuple(leaves))
+
+
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _survey(hashable, tree, leaves) -> Survey:
+  """`survey` of a model, and of variables and images as a flat tree of shapes."""
+  model, (variables, images) = hashable.module, tree.unflatten(leaves)
   found: dict[str, list[Layer | str]] = {}
   modules: dict[str, str] = {}
   shapes = {path: np.shape(leaf) for path, leaf in trees.flatten(variables).items()}

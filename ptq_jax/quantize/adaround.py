@@ -25,10 +25,10 @@ import numpy as np
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import conv, units
+from ptq_jax.models.call import Hashable
 from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, quadratic, reconstruct, walk
-from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Levels, Plan, Record
 from ptq_jax.quantize.reconstruct import Schedule
@@ -226,8 +226,13 @@ def _layer_moments(site: walk.Site, layer: Layer, index: int) -> quadratic.Momen
       batch,
       len(batch) / len(inputs),
     )
-    total = part if total is None else jax.tree.map(jnp.add, total, part)
+    total = part if total is None else _add(total, part)
   return total
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total, part):
+  return jax.tree.map(jnp.add, total, part)
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))

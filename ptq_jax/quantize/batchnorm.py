@@ -12,8 +12,8 @@ import numpy as np
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, Key, Keys, Shaped, Variables
 from ptq_jax.models import call, conv
+from ptq_jax.models.call import Hashable
 from ptq_jax.quantize import capture
-from ptq_jax.quantize.capture import Hashable
 
 BATCH_SIZE = 512
 """Images at once, each batch normalised by its own statistics."""

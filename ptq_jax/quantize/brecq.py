@@ -26,10 +26,10 @@ from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
 from ptq_jax.models import call, conv, fold_batchnorm
 from ptq_jax.models import units as cut
+from ptq_jax.models.call import Hashable
 from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import adaround, capture, reconstruct, walk
-from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.plan import Levels, Plan, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 

@@ -21,6 +21,7 @@ import numpy as np
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, PyTree, Shaped, Variables
 from ptq_jax.models import conv, parallel, units
+from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Layer, Survey, Unit
 from ptq_jax.quantize import grid, plan
 from ptq_jax.quantize.grid import Grid
@@ -373,26 +374,6 @@ def _mismatches(model, layers, variables, image):
     tolerance = 4 * coarsest if coarsest > 1e-4 else 100 * coarsest
     found[layer.path] = jnp.sqrt(errors / jnp.maximum(sizes, 1e-30)), tolerance
   return found
-
-
-class Hashable:
-  """A Linen module as a static argument of jit, even if its fields cannot be hashed."""
-
-  def __init__(self, module: nn.Module):
-    self.module = module
-
-  def __hash__(self) -> int:
-    return hash(type(self.module))
-
-  def __eq__(self, other: object) -> bool:
-    if not isinstance(other, Hashable):
-      return NotImplemented
-    if self.module is other.module:
-      return True
-    try:
-      return bool(self.module == other.module)
-    except ValueError:  # fields that are arrays have no single truth value
-      return False
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))

@@ -83,6 +83,7 @@ def fit(
   return Grid(scale, zero_point, levels)
 
 
+@jax.jit
 def codes(weights: Float[ArrayLike, "..."], grid: Grid) -> Int[Array, "..."]:
   """Codes int32 in [0, levels) of the nearest levels. Exact on weights that `dequantize` made."""
   offset, first = in_steps(weights, grid)
@@ -100,12 +101,14 @@ def in_steps(
   return weights / grid.scale + (grid.zero_point - first), first
 
 
+@jax.jit
 def dequantize(codes: Int[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
   """Weights of the codes, `(codes - zero_point) * scale`, in the dtype of the scale."""
   scale = jnp.asarray(grid.scale)
   return (jnp.asarray(codes).astype(scale.dtype) - grid.zero_point) * scale
 
 
+@jax.jit
 def nearest(weights: Float[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
   """Every weight at its nearest level."""
   return dequantize(codes(weights, grid), grid)

@@ -119,7 +119,7 @@ def of_layers(
     ]
     for layer in some:
       parts = [one.pop(layer.path) for one in sums]
-      yield layer, jnp.stack([p.moments * (2 * layer.positions / p.rows) for p in parts])
+      yield layer, _stacked(parts, 2 * layer.positions)
 
 
 def output_error(
@@ -184,7 +184,18 @@ def _sums(model, variables, images, layers) -> dict[str, Counted]:
     with jax.enable_x64(_has_float64()):
       total = _wide(part) if total is None else _add(total, part)
   with jax.enable_x64(_has_float64()):
-    return jax.tree.map(lambda leaf: leaf.astype(default), total)
+    return _narrow(default, total)
+
+
+@jax.jit
+def _stacked(parts, positions):
+  """Hessians [M, groups, D, D] of the sums of each model."""
+  return jnp.stack([part.moments * (positions / part.rows) for part in parts])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _narrow(dtype, total):
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), total)
 
 
 @jax.jit

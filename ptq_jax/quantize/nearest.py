@@ -142,7 +142,7 @@ def each_layer(
     steps = np.zeros(after.shape, int)
     records.append(Record(layer.path, before, after, steps, seconds, {layer.path: grids}))
     start = end
-  copies = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * len(plans)), variables)
+  copies = _repeat(len(plans), variables)
   records += plan.kept_records(kept, num_plans=len(plans), num_models=len(images))
   return trees.replace(copies, kernels), records
 
@@ -150,26 +150,33 @@ def each_layer(
 def _layer(solve, options, layer, original, hessians, levels):
   """One layer at P numbers of levels: kernels, errors before and after, grids, all [P, M, ...]."""
   distinct = sorted({count for count in levels if count is not None})
-  where = [None if count is None else distinct.index(count) for count in levels]
-
-  def by_plan(per_level, otherwise):
-    return jnp.stack([otherwise if u is None else per_level[u] for u in where])
-
-  kernels, scale, zero_point, before, after = (None,) * 5  # if all is kept in full precision
+  where = tuple(None if count is None else distinct.index(count) for count in levels)
+  found = (None,) * 5  # if all is kept in full precision
   if distinct:
-    job, fitted, before = _round(layer, options, original, hessians, jnp.asarray(distinct))
-    scale, zero_point, _ = fitted
+    job, fitted, before = _round(layer, options, original, hessians, np.array(distinct))
     kernels, after = _keep_better(layer, job, solve(job), before)
-    kernels = kernels.astype(original.dtype)
-  num_models = len(original)
-  zeros = jnp.zeros((num_models, *layer.grid_shape))
-  grids = Grid(
-    np.asarray(by_plan(scale, zeros + 1)),
-    np.asarray(by_plan(zero_point, zeros)),
-    np.tile(np.array([[count or 0] for count in levels]), num_models),
-  )
-  errors = (np.asarray(by_plan(error, jnp.zeros(num_models))) for error in (before, after))
-  return by_plan(kernels, original), *errors, grids
+    found = kernels, before, after, fitted.scale, fitted.zero_point
+  kernels, *parts = _by_plan(where, layer.grid_shape, original, found)
+  before, after, scale, zero_point = jax.device_get(parts)
+  counts = np.tile(np.array([[count or 0] for count in levels]), len(original))
+  return kernels, before, after, Grid(scale, zero_point, counts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _repeat(count, tree):
+  return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), tree)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_plan(where, grid_shape, original, found):
+  """What was found per number of levels [U, M, ...] for each plan; None: in full precision."""
+  none = jnp.zeros(len(original))
+  zeros = jnp.zeros((len(original), *grid_shape))
+  otherwise = original, none, none, zeros + 1, zeros
+  return [
+    jnp.stack([kept if u is None else part[u].astype(kept.dtype) for u in where])
+    for part, kept in zip(found, otherwise, strict=True)
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

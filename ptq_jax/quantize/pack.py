@@ -121,7 +121,7 @@ def _parameter(layer, leaves) -> str:
 
 def unpack(packed: Packed) -> Variables:
   """The variables that were packed, bit by bit, as nested dicts of JAX arrays."""
-  kernels = {path: _unpack_kernel(kernel) for path, kernel in packed.kernels.items()}
+  kernels = {path: jnp.asarray(_unpack_kernel(k)) for path, k in packed.kernels.items()}
   rest = {path: jnp.asarray(leaf) for path, leaf in packed.rest.items()}
   return trees.unflatten(kernels | rest | {path: {} for path in packed.empty})
 
@@ -286,21 +286,23 @@ def _digits(levels: int) -> np.ndarray:
 
 def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
   """Codes of one kernel."""
-  codes = np.asarray(grids.codes(weights, grid))
-  weights, zero_point = np.asarray(weights), np.asarray(grid.zero_point)
+  weights, scale, zero_point = (np.asarray(part) for part in (weights, *grid[:2]))
+  first = np.round(zero_point)
+  steps = np.round(weights.astype(scale.dtype) / scale + (zero_point - first)) + first
+  codes = np.clip(steps, 0, grid.levels - 1).astype(np.int32)
   if (zero_point == np.round(zero_point)).all():
     ends = zero_point.min(), zero_point.max()
     zero_point = zero_point.astype(np.result_type(*(np.min_scalar_type(int(e)) for e in ends)))
   kernel = Kernel(
     to_bytes(codes, levels=grid.levels),
-    np.asarray(grid.scale),
+    scale,
     zero_point,
     grid.levels,
     weights.shape,
     str(weights.dtype),
   )
   bits = f"u{weights.dtype.itemsize}"
-  same = np.asarray(_unpack_kernel(kernel)).view(bits) == weights.view(bits)
+  same = _unpack_kernel(kernel).view(bits) == weights.view(bits)
   if not same.all():
     raise ValueError(
       f"{np.sum(~same)} of {weights.size} weights of {path!r} are not on the grid; "
@@ -309,12 +311,12 @@ def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
   return kernel
 
 
-def _unpack_kernel(kernel: Kernel):
-  """Weights of one kernel."""
+def _unpack_kernel(kernel: Kernel) -> np.ndarray:
+  """Weights of one kernel: `grid.dequantize` on the host, where no shape has to be compiled."""
   codes = from_bytes(kernel.codes, math.prod(kernel.shape), levels=kernel.levels)
-  scale = jnp.asarray(kernel.scale)
-  grid = Grid(scale, jnp.asarray(kernel.zero_point).astype(scale.dtype), kernel.levels)
-  return grids.dequantize(codes.reshape(kernel.shape), grid).astype(jnp.dtype(kernel.dtype))
+  dtype = kernel.scale.dtype
+  weights = codes.reshape(kernel.shape).astype(dtype) - kernel.zero_point.astype(dtype)
+  return (weights * kernel.scale).astype(jnp.dtype(kernel.dtype))
 
 
 def _plain(leaf: np.ndarray) -> np.ndarray:

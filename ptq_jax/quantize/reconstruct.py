@@ -228,12 +228,7 @@ def finish(
   before, after = (
     total_error(run, problems, weights, batch_size=batch_size) for weights in (nearest, rounded)
   )
-  better = jnp.asarray(after <= before)
-
-  def choose(new, old):
-    return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-  return jax.tree.map(choose, rounded, nearest), before, np.minimum(before, after)
+  return _choose(after <= before, rounded, nearest), before, np.minimum(before, after)
 
 
 def rounding_term(
@@ -328,6 +323,13 @@ def _errors(run, problems, weights, index):
     return output_error(outputs, problem.targets[index], importance)
 
   return jax.vmap(one)(problems, weights)
+
+
+@jax.jit
+def _choose(better, rounded, nearest):
+  """The rounded kernels of the problems that are better for it, and the nearest of the others."""
+  choose = jax.vmap(jnp.where)
+  return jax.tree.map(lambda new, old: choose(better, new, old), rounded, nearest)
 
 
 @jax.jit

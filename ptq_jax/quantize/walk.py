@@ -25,9 +25,9 @@ from flax import nnx
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
 from ptq_jax.models import conv, from_nnx, units
+from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, plan
-from ptq_jax.quantize.capture import Hashable
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Plan, Record
 
@@ -174,8 +174,8 @@ def fit_grids(
   """
   kernels = stack([trees.get(site.full[m], layer.kernel) for m in site.models])
   levels = site.levels[layer.path]
-  fit = jax.vmap(lambda kernel, count: capture.fit_grid(kernel, layer, levels=count, **options))
-  return kernels, fit(kernels, jnp.asarray(np.where(levels > 0, levels, 256))), levels
+  counts = np.where(levels > 0, levels, 256)
+  return kernels, _fit(layer, tuple(sorted(options.items())), kernels, counts), levels
 
 
 def replace_kernels(
@@ -189,22 +189,18 @@ def replace_kernels(
 
 
 def stack(parts: Sequence[PyTree]) -> PyTree:
-  """`trees.stack` for many parts: compiled for their shapes only, not for their number."""
-
-  def stack_leaves(*leaves):
-    buffer = jnp.zeros((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    for index, leaf in enumerate(leaves):
-      buffer = _put(buffer, leaf, index)
-    return buffer
-
-  return jax.tree.map(stack_leaves, *parts)
+  """`trees.stack` for many parts: no program has them all as arguments."""
+  buffer = _buffer(len(parts), parts[0])
+  for index, part in enumerate(parts):
+    buffer = _put(buffer, part, index)
+  return buffer
 
 
 def rows(tree: PyTree, active: np.ndarray) -> PyTree:
   """Rows of stacked leaves; the leaves themselves where all rows are asked for."""
   if len(active) == trees.length(tree):
     return tree
-  return jax.tree.map(lambda leaf: leaf[active], tree)
+  return trees.take(tree, active)
 
 
 def one_model(
@@ -228,7 +224,7 @@ def one_model(
   )
 
   def first(tree):
-    return jax.tree.map(lambda leaf: leaf[0, 0], tree)
+    return trees.take(trees.take(tree, 0), 0)
 
   return first(quantized), [Record(record.name, *first(record[1:])) for record in records]
 
@@ -260,7 +256,7 @@ def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
       model,
       unit,
       {layer.path: _levels(layer, branches, chunk, plans) for layer in unit.layers},
-      jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(models)], index),
+      _unit_keys(keys, np.array(models), index),
       models,
       full,
       full_inputs,
@@ -334,9 +330,26 @@ def _unit_inputs(model, unit, variables, images):
   return units.inputs_of(model.module, variables, images, unit)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fit(layer, options, kernels, counts):
+  fit = functools.partial(capture.fit_grid, layer=layer, **dict(options))
+  return jax.vmap(lambda kernel, count: fit(kernel, levels=count))(kernels, counts)
+
+
+@jax.jit
+def _unit_keys(keys, models, index):
+  return jax.vmap(jax.random.fold_in, (0, None))(keys[models], index)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _buffer(length, part):
+  return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), part)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(buffer, leaf, index):
-  return jax.lax.dynamic_update_index_in_dim(buffer, leaf, index, 0)
+def _put(buffer, part, index):
+  put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+  return jax.tree.map(put, buffer, part)
 
 
 @jax.jit
@@ -349,7 +362,12 @@ def _by_plan(results: Sequence[Variables], plans) -> Variables:
   num_plans = len(plans)
   num_models = len(results) // num_plans
   ordered = stack([results[m * num_plans + p] for p in range(num_plans) for m in range(num_models)])
-  return jax.tree.map(lambda leaf: leaf.reshape(num_plans, num_models, *leaf.shape[1:]), ordered)
+  return _with_plans(num_plans, ordered)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _with_plans(num_plans, ordered):
+  return jax.tree.map(lambda leaf: leaf.reshape(num_plans, -1, *leaf.shape[1:]), ordered)
 
 
 def _records(outcomes: Sequence[Sequence[Outcome]], plans) -> list[Record]:

@@ -104,12 +104,15 @@ print("same")
 """
 
 
+FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
+
+
 def on_four_devices(program):
   """What a program prints in a process with four virtual devices."""
   done = subprocess.run(
     [sys.executable, "-c", program],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FOUR_DEVICES}"},
     capture_output=True,
     text=True,
   )

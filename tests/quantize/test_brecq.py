@@ -9,7 +9,8 @@ import pytest
 
 from ptq_jax import trees
 from ptq_jax.models import fold_batchnorm, resnet, units
-from ptq_jax.quantize import brecq, capture, grid, reconstruct, walk
+from ptq_jax.models.call import Hashable
+from ptq_jax.quantize import brecq, grid, reconstruct, walk
 
 QUICK = brecq.SCHEDULE._replace(num_steps=50, batch_size=16)
 
@@ -49,7 +50,7 @@ def test_patches_and_native_convolutions_agree(residual):
   part = brecq._of_unit(variables, unit)
 
   def loss(weights, lowering):
-    return jnp.sum(brecq.UnitRun(capture.Hashable(model), unit, lowering)(weights, part, x) ** 2)
+    return jnp.sum(brecq.UnitRun(Hashable(model), unit, lowering)(weights, part, x) ** 2)
 
   run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   (value, gradient), (expected, expected_gradient) = (

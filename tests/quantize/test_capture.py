@@ -10,6 +10,7 @@ import pytest
 
 from ptq_jax import trees
 from ptq_jax.models import parallel, units
+from ptq_jax.models.call import Hashable
 from ptq_jax.quantize import capture
 
 
@@ -117,8 +118,8 @@ def test_a_model_with_a_list_for_a_field_can_be_captured():
     totals.append(summed(model, variables, images, layers)["Dense_0"])
   np.testing.assert_array_equal(totals[0], np.full((1, 3, 3), 4.0))
   np.testing.assert_array_equal(*totals)
-  assert capture.Hashable(Widths([5, 2])) == capture.Hashable(Widths([5, 2]))
-  assert capture.Hashable(Widths([5, 2])) != capture.Hashable(Widths([5, 3]))
+  assert Hashable(Widths([5, 2])) == Hashable(Widths([5, 2]))
+  assert Hashable(Widths([5, 2])) != Hashable(Widths([5, 3]))
 
 
 def test_batches_are_even_and_fit_the_bytes():

@@ -107,6 +107,7 @@ def test_a_network_goes_all_the_way(trained, name, tmp_path):
     model, prepare=lambda x, _: pixels(x)[None], reduce=lambda logits, _: logits
   )
   full = predictor(variables, images, labels, batch_size=12)
+  apply = jax.jit(functools.partial(call.apply, model))
   errors = []
   for index in range(2):
     grids = {p: trees.take(g, index) for record in records for p, g in record.grids.items()}
@@ -114,7 +115,7 @@ def test_a_network_goes_all_the_way(trained, name, tmp_path):
     pack.save(path, pack.pack(trees.take(quantized, index), grids))
     found = predictor(pack.unpack(pack.load(path)), images, labels, batch_size=12)
     for m in range(MODELS):
-      direct = call.apply(model, trees.take(quantized, (index, m)), pixels(images))
+      direct = apply(trees.take(quantized, (index, m)), pixels(images))
       np.testing.assert_allclose(found[m, :, 0], direct, rtol=1e-4, atol=1e-5)
     errors.append(np.square(found - full).mean())
   assert 0 < errors[1] < errors[0]
