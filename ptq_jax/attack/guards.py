@@ -39,10 +39,10 @@ def learned_nothing(
   Args:
     accuracy: mean test accuracy, in [0, 1].
     chance: share of the most frequent class.
-    num_examples: test examples; three deviations of the accuracy of a guesser count as chance.
+    num_examples: test examples; two deviations of the accuracy of a guesser count as chance.
     margin: part of the way from chance to 1 that counts as hardly.
   """
-  noise = 3 * np.sqrt(chance * (1 - chance) / num_examples)
+  noise = 2 * np.sqrt(chance * (1 - chance) / num_examples)
   return bool(accuracy - chance <= max(margin * (1 - chance), noise))
 
 

@@ -1,7 +1,8 @@
 """A whole audit: train shadows, quantize them, attack, report; `run` does all of it from Python."""
 
 from ptq_jax.audit.events import Event
-from ptq_jax.audit.running import Result, run
+from ptq_jax.audit.loading import Network, load_quantized
+from ptq_jax.audit.running import Result, run, run_scores
 from ptq_jax.audit.stopping import Stopped
 
-__all__ = ["Event", "Result", "Stopped", "run"]
+__all__ = ["Event", "Network", "Result", "Stopped", "load_quantized", "run", "run_scores"]

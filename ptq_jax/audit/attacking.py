@@ -9,6 +9,7 @@ import datetime
 import functools
 import pathlib
 import zipfile
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -613,7 +614,12 @@ def fingerprint_of_inputs(audit: Audit, variants: list[Variant]) -> str:
 
 
 def attack_files(
-  config, workdir: pathlib.Path, shadows: str, targets: str | None = None, *, command: str = ""
+  config,
+  workdir: pathlib.Path,
+  shadows: str | Mapping[str, np.ndarray],
+  targets: str | Mapping[str, np.ndarray] | None = None,
+  *,
+  command: str = "",
 ) -> None:
   """Attacks saved scores and writes their results; `reporting.report` shows them.
 
@@ -623,7 +629,7 @@ def attack_files(
     shadows: an .npz file with `scores` float[M, E, V] (or [M, E]; higher means member) and
       `members` bool[M, E]; for a "class_threshold" among attack.attacks also `labels` int[E], and
       what else `read_scores` knows. Or a folder that tensorflow/privacy's LiRA or Privacy Meter
-      wrote.
+      wrote; or the arrays themselves by name.
     targets: the same of T targets on the same examples; None: every shadow is target once.
     command: how this was called, for the record.
   Raises:
@@ -634,9 +640,10 @@ def attack_files(
   if (workdir / "config.json").exists():
     raise ValueError(f"{workdir} holds an audit; results of saved scores need another --workdir.")
   own = read_scores(shadows)
-  attacked = read_scores(targets) if targets else own
+  attacked = own if targets is None else read_scores(targets)
+  names = ["arrays" if isinstance(one, Mapping) else one for one in (shadows, targets) if one]
   options = {"attacks": tuple(config.attack.attacks), "labels": own.get("labels")}
-  if targets:
+  if targets is not None:
     found = protocol.dedicated_targets(own["scores"], own["members"], attacked["scores"], **options)
   else:
     found = protocol.leave_one_out(own["scores"], own["members"], **options)
@@ -658,9 +665,9 @@ def attack_files(
     )
     for number, (name, rows) in enumerate(found.items())
   ]  # fmt: skip
-  files = {"name": shadows if targets is None else f"{shadows}, {targets}"}
+  files = {"name": ", ".join(names)}
   run_ = records.run(
-    name=pathlib.Path(shadows).stem,
+    name=pathlib.Path(names[0]).stem,
     config={"attack": settings.plain(config.attack), "seed": config.seed},
     command=command,
     date=today(),
@@ -670,7 +677,7 @@ def attack_files(
     model={},
     models=len(own["scores"]),
     targets=len(attacked["scores"]),
-    protocol="dedicated targets" if targets else "leave-one-out",
+    protocol="leave-one-out" if targets is None else "dedicated targets",
   )
   fewest = min(record["num_non_members"] for record in leaks)
   sentences = {
@@ -689,7 +696,7 @@ def attack_files(
   Manifest(workdir).record("attack", "saved scores", [path])
 
 
-def read_scores(path: str) -> dict:
+def read_scores(source: str | Mapping[str, np.ndarray]) -> dict:
   """`scores` [N, E, V], `members` and what else an .npz file says about itself, checked.
 
   Further arrays are optional: `labels` int[E]; `accuracy` float[N], on test data; and what the
@@ -700,7 +707,9 @@ def read_scores(path: str) -> dict:
   Raises:
     FileNotFoundError, ValueError: one sentence that names the file, and the array.
   """
-  arrays = _load(path)
+  given = isinstance(source, Mapping)
+  path = "the arrays" if given else source
+  arrays = {k: np.asarray(v) for k, v in source.items()} if given else _load(source)
   for name in ("scores", "members"):
     if name not in arrays:
       raise ValueError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}.")

@@ -1,6 +1,7 @@
 """One audit: its config brought to life, and what lies where in its workdir.
 
-    config.json         the config and the fingerprint of the data, to recognise a foreign workdir
+    config.json         the config and the fingerprint of the data, to recognise a foreign workdir;
+                        how images are normalised, to run its networks
     membership.npz      shadows bool[M, E] and targets bool[T, E]: who trained on what
     models/             (or --models) work.json and membership.npz, see `work`; CHUNK/trained and
                         CHUNK/training have Orbax checkpoints of a chunk's models, stacked
@@ -117,7 +118,8 @@ class Audit:
 
   def method_options(self, method: str) -> dict:
     """Options of a method's `quantize_stacked`, and how many images calibrate it."""
-    section, size = self.config.quantize[method], self.config.quantize.calibration_size
+    section = self.config.quantize.get(method, settings.Config())  # a registered one has none
+    size = self.config.quantize.calibration_size
     options = settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
     members = len(self.dataset.train_labels) // 2
     return options | {"calibration_size": min(section.get("calibration_size", size), members)}
@@ -201,7 +203,7 @@ class Audit:
     if variant != FULL_PRECISION:
       shared = ("overrides", "calibration_size", "calibration_augmentation", "calibrate_on")
       quantize = {key: config["quantize"][key] for key in shared}
-      found += [list(variant), quantize, config["quantize"][variant.method]]
+      found += [list(variant), quantize, config["quantize"].get(variant.method, {})]
     return settings.fingerprint(found)
 
   def problem(self, variant: Variant, chunk: Chunk) -> str | None:

@@ -77,7 +77,13 @@ def open_audit(
         f"this JAX ({jax.__version__}) draws other random numbers than the one that began {root} "
         f"({found.versions.get('jax')}); go on with that one, or use another --workdir."
       )
-    described = {"config": audit.settled, "data": audit.dataset.fingerprint}
+    data = audit.dataset
+    scale = {"mean": [*map(float, data.mean)], "std": [*map(float, data.std)]}
+    described = {
+      "config": audit.settled,
+      "data": data.fingerprint,
+      "images": {"shape": [*data.image_shape], "num_classes": data.num_classes, **scale},
+    }
     if _read_config(root) != described:
       storage.write_json(root / "config.json", described)
     return audit
@@ -286,7 +292,7 @@ def _check_quantize(audit):
   for method in quantize.methods:
     if method not in METHODS:
       raise ValueError(f"quantize.methods has {method!r}; choose among {', '.join(METHODS)}.")
-    size = quantize[method].get("calibration_size", 1)
+    size = quantize.get(method, {}).get("calibration_size", 1)
     if not (isinstance(size, int) and 1 <= size <= quantize.calibration_size):
       raise ValueError(
         f"quantize.{method}.calibration_size is {size}; it must be in 1.."
@@ -301,7 +307,7 @@ def _check_quantize(audit):
       raise ValueError(f"quantize.{method}.{option} is {value!r}; use one of {', '.join(choices)}.")
   known = set(inspect.signature(grid.fit).parameters) - {"weights", "levels"}
   for method in METHODS:
-    for option in quantize[method].get("grid_options", {}):
+    for option in quantize.get(method, {}).get("grid_options", {}):
       if option not in known:
         raise ValueError(
           f"quantize.{method}.grid_options has {option!r}; it may have {', '.join(sorted(known))}."

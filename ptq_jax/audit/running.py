@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import pandas as pd
 
-from ptq_jax import settings
+from ptq_jax import models, settings, storage
 from ptq_jax.audit import attacking, events, preflight, quantizing, reporting, training, work
 from ptq_jax.audit.layout import FULL_PRECISION, Audit
 from ptq_jax.data import load
@@ -53,7 +54,7 @@ class Result:
           "last_layer_levels": record["last_layer_levels"],
           "attacker": record["attacker"],
           "attack": record["attack"],
-          "members": record["members"],
+          "members": record.get("members", "all"),
           "metric": name,
           **{part: number[part] for part in ("value", "low", "high")},
         }
@@ -95,8 +96,8 @@ def run(
     workdir: where everything is written.
     data: (x_train, y_train, x_test, y_test), uint8 images [N, H, W, C] and integer labels [N];
       a name of `data.load`, or a dict of its arguments; None: as the config says.
-    model: a Linen module for these images, or a function of `num_classes` that makes one; None: as
-      the config says.
+    model: a Linen module for these images, or a function of `num_classes` that makes one (with an
+      argument `rngs`, an nnx module); None: as the config says.
     progress: told what is done, see `events`.
     **chosen: settings by name, those of `SHORT` as models=16, others as {"train.momentum": 0.9}.
   Returns:
@@ -104,15 +105,7 @@ def run(
   Raises:
     ValueError, OSError: one sentence, before anything is computed where it can be known by then.
   """
-  if isinstance(config, str):
-    config = settings.load(config)
-  config = settings.audit_defaults() if config is None else config.copy_and_resolve_references()
-  for name, value in chosen.items():
-    key = SHORT.get(name, name)
-    if key not in settings.dotted(settings.plain(config)):
-      known = f"{', '.join(SHORT)}, or a dotted key such as 'train.momentum'"
-      raise ValueError(f"audit.run has no setting {name!r}; it has {known}.")
-    config.update_from_flattened_dict({key: value})
+  config = _config(config, chosen)
   more: dict[str, Any] = {"listener": progress}
   if isinstance(data, str):
     config.data.name = data
@@ -124,13 +117,57 @@ def run(
     )
     config.data.name = "arrays"
   if model is not None:
-    if callable(model) and not hasattr(model, "apply"):
+    if not isinstance(model, nn.Module):
       classes = (more.get("given_data") or load.load(**settings.named(config.data))).num_classes
-      model = model(num_classes=classes)
+      model = models.make(model, num_classes=classes)
     more["given_model"] = model
     config.model = {"name": f"{type(model).__module__}:{type(model).__qualname__}",
                     "given": " ".join(repr(model).split())}  # fmt: skip
   return run_stages(preflight.open_audit(config, workdir, **more))
+
+
+def run_scores(
+  shadows: Mapping[str, Any] | str,
+  targets: Mapping[str, Any] | str | None = None,
+  *,
+  workdir: pathlib.Path | str,
+  config: settings.Config | str | None = None,
+  progress: events.Listener = events.silent,
+  **chosen: Any,
+) -> Result:
+  """Attacks scores that any framework made, and reports.
+
+  Args:
+    shadows: {"scores": float[M, E, V] or [M, E], higher means member, "members": bool[M, E]}, and
+      what else `attacking.read_scores` knows; or an .npz file of these.
+    targets: the same of T targets on the same examples; None: every shadow is target once.
+    workdir: of these results alone.
+    config: its sections attack and report, and its seed; as in `run`.
+    progress: told what is done.
+    **chosen: settings by name, as in `run`.
+  Returns:
+    What was found.
+  Raises:
+    ValueError, FileNotFoundError: one sentence that names the array.
+  """
+  config, root = _config(config, chosen), storage.require_writable(workdir)
+  with work.pinned_randomness():
+    attacking.attack_files(config, root, shadows, targets)
+    found = reporting.report(root, options=config.report, listener=progress)
+  return Result(found, root)
+
+
+def _config(config, chosen) -> settings.Config:
+  """A config of one's own, with settings chosen by name."""
+  config = settings.load(config) if isinstance(config, str) else config
+  config = settings.audit_defaults() if config is None else config.copy_and_resolve_references()
+  for name, value in chosen.items():
+    key = SHORT.get(name, name)
+    if key not in settings.dotted(settings.plain(config)):
+      known = f"{', '.join(SHORT)}, or a dotted key such as 'train.momentum'"
+      raise ValueError(f"audit.run has no setting {name!r}; it has {known}.")
+    config.update_from_flattened_dict({key: value})
+  return config
 
 
 def run_stages(audit: Audit, *, command: str = "") -> Result:

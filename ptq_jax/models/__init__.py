@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -24,19 +25,24 @@ ZOO = {
 }
 
 
-def make(name: str, *, num_classes: int, **options) -> nn.Module:
+def make(name: str | Callable, *, num_classes: int, **options) -> nn.Module:
   """A model of the zoo by its name, or your own as "package.module:factory".
 
   Args:
-    name: a key of `ZOO`, or where to find a function that takes `num_classes` and `options`, and
-      `rngs` if it makes a `flax.nnx.Module`.
+    name: a key of `ZOO`; or a function that takes `num_classes` and `options`, and `rngs` if it
+      makes a `flax.nnx.Module`; or where to find one.
     num_classes: C.
     **options: of the model, such as `width`; `dtype` may be "auto", see `compute_dtype`.
   Raises:
     ValueError: for an unknown name, a factory that cannot be imported, or an unknown option.
   """
-  factory = _import(name) if ":" in name else ZOO.get(name)
-  if factory is None:
+  factory = name if callable(name) else _import(name) if ":" in name else ZOO.get(name)
+  if isinstance(factory, nnx.Module):
+    raise ValueError(
+      f"the model is a {type(factory).__name__} that is made already; give its class, or a "
+      "function of num_classes and rngs that makes one."
+    )
+  if not callable(factory):
     raise ValueError(
       f"model.name is {name!r}; use one of {sorted(ZOO)} or your own as 'package.module:factory'."
     )

@@ -8,6 +8,7 @@ one model and `quantize_stacked(keys, model, variables, images, *, plans, ...)` 
 import functools
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,11 +22,36 @@ from ptq_jax.models.units import Survey
 from ptq_jax.quantize import adaround, brecq, capture, nearest, obc
 from ptq_jax.quantize.plan import Plan, Record
 
-METHODS = MappingProxyType({"nearest": nearest, "adaround": adaround, "brecq": brecq, "obc": obc})
-"""Modules by the name that configs and result tables use."""
+_METHODS: dict[str, Any] = {"nearest": nearest, "adaround": adaround, "brecq": brecq, "obc": obc}
+
+METHODS = MappingProxyType(_METHODS)
+"""Modules by the name that configs and result tables use; `register` adds one."""
 
 PER_MODEL = ("labels", "batchnorm_images")
 """Options of methods that have a model axis."""
+
+
+def register(name: str, method: Any) -> None:
+  """Adds a quantizer of your own to `METHODS`, for `quantize.methods` of an audit, too.
+
+  Most are a function of one layer's weights: give it to `nearest.each_layer`, which does the rest.
+
+  Args:
+    name: one word; results are shown under it. What an audit made under a name it does not make
+      anew when your code changes.
+    method: a module, or any object with functions `quantize_params` and `quantize_stacked`; see
+      those of `nearest`.
+  Raises:
+    ValueError: for a name that is taken by another method or is no word, or a missing function.
+  """
+  if not name.isidentifier() or name == "none":
+    raise ValueError(f"a method cannot be called {name!r}; use one word of letters and digits.")
+  if _METHODS.get(name, method) is not method:
+    raise ValueError(f"there is a method {name!r} already; use another name.")
+  for function in ("quantize_params", "quantize_stacked"):
+    if not callable(getattr(method, function, None)):
+      raise ValueError(f"method {name!r} has no function {function}; see quantize.nearest.")
+  _METHODS[name] = method
 
 
 def quantize_stacked(
