@@ -17,8 +17,23 @@ BITS = {
 }  # of one entry; others have them in their name: bf16, s32
 
 FREE = frozenset(
-  "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota"
-  " copy-done async-done async-update slice-done add-dependency opt-barrier".split()
+  [
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "copy-done",
+    "async-done",
+    "async-update",
+    "slice-done",
+    "add-dependency",
+    "opt-barrier",
+  ]
 )
 """Instructions that move nothing, or whose start was counted."""
 
@@ -26,8 +41,21 @@ CUTS = frozenset(("dynamic-slice", "slice", "gather"))
 """Instructions that read no more of their first operand than they give."""
 
 MOVES = FREE | frozenset(
-  "copy copy-start transpose reshape slice dynamic-slice dynamic-update-slice concatenate pad"
-  " broadcast reverse fusion call".split()
+  [
+    "copy",
+    "copy-start",
+    "transpose",
+    "reshape",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "concatenate",
+    "pad",
+    "broadcast",
+    "reverse",
+    "fusion",
+    "call",
+  ]
 )
 """Instructions that compute nothing."""
 

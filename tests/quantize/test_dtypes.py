@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -51,18 +52,25 @@ def case(dtype):
   return Net(dtype), variables, images
 
 
-@pytest.mark.parametrize("how", QUICK)
+DTYPES = {  # and whether JAX computes in 64 bit
+  "float16": (jnp.float16, False),
+  "bfloat16": (jnp.bfloat16, False),
+  "float32 among 64 bit": (jnp.float32, True),
+  "float64": (jnp.float64, True),
+}
+
+
 @pytest.mark.parametrize(
-  ("dtype", "x64"),
+  ("how", "name"),
   [
-    (jnp.float16, False),
-    (jnp.bfloat16, False),
-    (jnp.float32, True),
-    (jnp.float64, True),
+    *itertools.product(("nearest", "obc"), DTYPES),
+    *itertools.product(("adaround", "brecq"), ("float16", "float64")),
+    ("adaround, batches", "bfloat16"),
+    ("brecq, fisher", "float32 among 64 bit"),
   ],
-  ids=lambda value: getattr(value, "__name__", "64 bit" if value is True else ""),
 )
-def test_any_dtype_comes_back_on_its_grid_and_from_its_file(how, dtype, x64, tmp_path):
+def test_any_dtype_comes_back_on_its_grid_and_from_its_file(how, name, tmp_path):
+  dtype, x64 = DTYPES[name]
   with jax.enable_x64(True) if x64 else contextlib.nullcontext():
     model, variables, images = case(dtype)
     method = METHODS[how.split(",")[0]]

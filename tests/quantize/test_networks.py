@@ -11,7 +11,7 @@ import pytest
 from ptq_jax import models, trees
 from ptq_jax.data import augment
 from ptq_jax.models import call, predict
-from ptq_jax.quantize import METHODS, adaround, brecq, pack, plan, quantize_stacked
+from ptq_jax.quantize import adaround, brecq, pack, plan, quantize_stacked
 from ptq_jax.train import fit, optimizer, shadows
 
 QUICK = {
@@ -66,14 +66,18 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def trained(request):
-  """Two models after an epoch, and what they were trained on."""
+@pytest.fixture(scope="module")
+def train():
+  """A function of a network's name: two models after an epoch, and what they were trained on."""
+  return functools.cache(_train)
+
+
+def _train(network):
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.integers(0, 256, (EXAMPLES, SIZE, SIZE, 1)), jnp.uint8)
   labels = jnp.asarray(rng.integers(0, 3, EXAMPLES), jnp.int32)
   recipe = fit.Recipe(
-    model=NETWORKS[request.param],
+    model=NETWORKS[network],
     optimizer=optimizer.sgd(learning_rate=0.1, epochs=1, steps_per_epoch=2),
     augmentation=augment.make(()),
     mean=(0.5,),
@@ -92,9 +96,19 @@ def pixels(images):
 
 
 @pytest.mark.filterwarnings("ignore:these weights stay")
-@pytest.mark.parametrize("name", METHODS)
-def test_a_network_goes_all_the_way(trained, name, tmp_path):
-  model, variables, images, labels, keys = trained
+@pytest.mark.parametrize(
+  ("network", "name"),
+  [
+    ("vit", "adaround"),
+    ("vit", "brecq"),
+    ("mobile", "nearest"),
+    ("mobile", "brecq"),
+    ("mobile", "obc"),
+    ("shared", "obc"),
+  ],
+)
+def test_a_network_goes_all_the_way(train, network, name, tmp_path):
+  model, variables, images, labels, keys = train(network)
   calibration = jnp.stack([pixels(images[m::2]) for m in range(MODELS)])
   one = trees.take(variables, 0)
   layers = models.units.layers(model, one, calibration[0])
