@@ -31,6 +31,7 @@ TINY = (
 )
 STAGE = events.Stage(events.silent, "any", 1)
 METHODS = "--config.quantize.methods=('nearest','obc')"
+PLAIN = "--config.report.figures=false"
 
 
 def command(stage, where, *arguments):
@@ -132,7 +133,7 @@ def test_killed_twice_and_run_again_gives_the_same(finished, tmp_path):
   """Killed inside training and inside quantizing, when the first of two chunks was written."""
   for variant in ("full_precision", "obc-3-3"):
     process = subprocess.Popen(
-      command("audit", tmp_path, METHODS),
+      command("audit", tmp_path, METHODS, PLAIN),
       cwd=ROOT,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
@@ -141,7 +142,7 @@ def test_killed_twice_and_run_again_gives_the_same(finished, tmp_path):
     folder = tmp_path / "scores" / variant
     kill_when(lambda folder=folder: list(folder.glob("*.npz")), process)
     assert len(list(folder.glob("*.npz"))) == 1
-  done = launch("audit", tmp_path, METHODS)
+  done = launch("audit", tmp_path, METHODS, PLAIN)
   assert done.returncode == 0, done.stderr
   assert_same(finished[0], tmp_path)
 

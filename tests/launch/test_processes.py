@@ -8,7 +8,11 @@ import pytest
 
 from tests.launch import test_pipeline as pipeline
 
-TWO_CHUNKS = ("--config.quantize.methods=nearest", "--config.train.models_per_chunk=4")
+TWO_CHUNKS = (
+  "--config.quantize.methods=nearest",
+  "--config.train.models_per_chunk=4",
+  "--config.report.figures=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +46,11 @@ def wait_for(found, process):
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize("count", [4])
-def test_shards_give_what_one_process_gives(finished, tmp_path, count):
-  """Four processes have two chunks: two of them have nothing to do, and end."""
-  processes = [start(tmp_path, f"--shard={number}/{count}") for number in range(count)]
+def test_shards_give_what_one_process_gives(finished, tmp_path):
+  """Three processes have two chunks: one of them has nothing to do, and ends."""
+  processes = [start(tmp_path, f"--shard={number}/3") for number in range(3)]
   ended = [ends(process) for process in processes]
-  assert [code for code, _, _ in ended] == [0] * count, ended
+  assert [code for code, _, _ in ended] == [0] * 3, ended
   assert sum("index.html shows more" in output for _, output, _ in ended) >= 1
   pipeline.assert_same(finished, tmp_path)
 

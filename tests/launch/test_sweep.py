@@ -29,9 +29,8 @@ TINY = {
   "quantize.calibration_size": "10",
   "attack.attacks": "lira_online_pooled",
   "attack.resamples": "10",
+  "report.figures": "false",
 }
-
-
 BASE = ["--config=configs/smoke.py", *(f"--config.{key}={value}" for key, value in TINY.items())]
 
 
