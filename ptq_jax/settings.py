@@ -94,6 +94,8 @@ SETTINGS: dict[str, Any] = {
     "fprs": ((0.01, 0.001, 0.0001, 0.00001), "false-positive rates, in (0, 1]"),
     "resamples": (1000, "of the bootstrap"),
     "confidence": (0.95, "of intervals, in (0, 1)"),
+    "delta": (1e-5, "at which epsilon is bounded, in [0, 1)"),
+    "worst_classes": (3, "so many classes that leak most are named"),
     "exposed_share": (0.01, "of the pool: the set of most exposed examples that is compared"),
   },
   "report": {

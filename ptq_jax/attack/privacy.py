@@ -27,10 +27,10 @@ MAX_THRESHOLDS = 200
 class Counts(NamedTuple):
   """How many of each group a threshold accepts, of how many; numbers, or arrays of one shape."""
 
-  true_positives: ArrayLike
-  members: ArrayLike
-  false_positives: ArrayLike
-  non_members: ArrayLike
+  true_positives: float | np.ndarray
+  members: int | np.ndarray
+  false_positives: float | np.ndarray
+  non_members: int | np.ndarray
 
 
 class Bound(NamedTuple):
@@ -75,7 +75,7 @@ def _epsilons(counts: Counts, *, delta: float, confidence: float) -> np.ndarray:
   tpr, fnr = _limits(counts.true_positives, counts.members, tail)
   tnr, fpr = _limits(counts.non_members - counts.false_positives, counts.non_members, tail)
   ratios = np.maximum((tpr - delta) / fpr, (tnr - delta) / fnr)
-  return np.log(np.maximum(ratios, 1.0))
+  return np.asarray(np.log(np.maximum(ratios, 1.0)))
 
 
 def mu_of_counts(counts: Counts, *, confidence: float = 0.95) -> float:
@@ -171,7 +171,7 @@ def _counts(scores, members, thresholds):
       1 - np.searchsorted(np.sort(row[chosen]), thresholds) / size
       for row, chosen, size in zip(scores, side, sizes, strict=True)
     ]
-    parts += [np.mean(rates, axis=0) * sizes.min(), sizes.min()]
+    parts += [np.mean(rates, axis=0) * sizes.min(), int(sizes.min())]
   return Counts(*parts)
 
 

@@ -72,13 +72,22 @@ def attack(audit: Audit, *, command: str = "") -> None:
   audit.manifest.record("attack", inputs, [audit.root / name for name in names])
 
 
+IN_FULL_PRECISION = {
+  "rescaled": "rescaled",
+  "matched_rescaled": "rescaled",
+  "combined": "rescaled",
+  "best": "best",
+}
+"""Who does to full precision what an attacker does to a quantized model; else "full_precision"."""
+
+
 class Attacked(NamedTuple):
   """What attacking one variant gave."""
 
   records: list[dict]
   scores: np.ndarray  # [T, E], of the main attack by the attacker with most knowledge
   kept: np.ndarray  # bool, which of the sound targets are in it
-  samples: dict  # leakage.Sample by (attack, group), of full-precision shadows
+  samples: dict  # leakage.Sample by (attacker, attack, group)
   left_out: str | None  # a sentence
 
 
@@ -112,11 +121,9 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
     )
   found = every_attack(audit, plain, own, shadow_members, is_full=base is None)
   common = variant._asdict() | accuracy_fields(audit, own, plain if base else None)
-  serves = {}
-  if base is not None:
-    candidates = {who: rows[main] for who, rows in found.items() if who != "releases"}
-    serves, chosen = best_attacker(candidates, members, shadow_members, options.fprs)
-    found["best"] = best_of(found, chosen, main)
+  candidates = {who: rows[main] for who, rows in found.items() if who != "releases"}
+  serves, chosen = best_attacker(candidates, members, shadow_members, options.fprs)
+  found["best"] = best_of(found, chosen, main)
   leaks, samples = [], {}
   for attacker, attacks in found.items():
     for name, rows in attacks.items():
@@ -138,42 +145,44 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
         )
         summary |= comparisons(samples, base, attacker, name, group, kept["target"], options)
         if group == "all" and name == main:
-          bound = privacy.lower_bound(rows.targets, examples.members, confidence=options.confidence)
-          summary["epsilon"] = bound._asdict()
+          summary["epsilon"] = bound_on_epsilon(options, rows.targets, examples.members)
         if attacker == "best":
           summary["chosen"] = serves
-        if (attacker == "best" or base is None) and name == main and group == "all":
+        if attacker == "best" and name == main and group == "all":
           summary["classes"] = per_class(audit, rows.targets, members)
         about = {"attacker": attacker, "attack": name, "members": group}
         leaks.append(records.make("leakage", **about, **common, **summary))
   leaks += [] if base is None else unit_records(audit, variant)
   knows_most = found.get("matched", found["full_precision"])
-  plain_samples = {key[1:]: value for key, value in samples.items() if key[0] == "full_precision"}
   sentence = None if all(rows.all() for rows in kept.values()) else left_out_of(variant, kept)
-  return Attacked(leaks, knows_most[main].targets, kept["target"], plain_samples, sentence)
+  return Attacked(leaks, knows_most[main].targets, kept["target"], samples, sentence)
 
 
 def every_attack(audit: Audit, plain: dict, own: dict, members, *, is_full: bool) -> dict:
   """Every attacker's `Scores` by attack; the configured ones, and the main one for the further.
+
+  In full precision those who quantize their shadows are those who do not.
 
   Args:
     audit: whose config and labels these are.
     plain: scores in full precision.
     own: scores in the variant, of the same models.
     members: bool[M, E], of the shadows.
-    is_full: whether the variant is full precision, where all attackers are one.
+    is_full: whether the variant is full precision.
   """
   attacks, main = tuple(audit.config.attack.attacks), audit.config.attack.attacks[0]
   shadows = {"full_precision": plain["shadow_scores"]}
   targets = {"full_precision": own["target_scores"]}
   pseudo = {"full_precision": own["shadow_scores"]}
+  kinds = {"rescaled": plain}
   if not is_full:
     shadows["matched"] = own["shadow_scores"]
     targets["matched"], pseudo["matched"] = own["target_scores"], own["shadow_scores"]
-    for name, like in (("rescaled", plain), ("matched_rescaled", own)):
-      for parts, scores in ((shadows, like["shadow_scores"]), (targets, own["target_scores"]),
-                            (pseudo, own["shadow_scores"])):  # fmt: skip
-        parts[name] = confidence.rescale(scores, like["shadow_scores"])
+    kinds["matched_rescaled"] = own
+  for name, like in kinds.items():
+    for parts, scores in ((shadows, like["shadow_scores"]), (targets, own["target_scores"]),
+                          (pseudo, own["shadow_scores"])):  # fmt: skip
+      parts[name] = confidence.rescale(scores, like["shadow_scores"])
   found = {
     who: attack_scores(
       audit,
@@ -244,11 +253,16 @@ def best_of(found: dict, chosen: list[str], main: str) -> dict[str, Scores]:
 
 
 def comparisons(samples, base, attacker, name, group, kept, options) -> dict:
-  """Paired differences: to full precision, and to the attacker with full-precision shadows."""
+  """Paired differences: to full precision, and to the attacker with full-precision shadows.
+
+  In full precision the attacker counts who does the same there: who rescales, who chooses, or
+  neither.
+  """
   fields, level = {}, options.confidence
   own = samples[attacker, name, group]
-  if base is not None and (name, group) in base.samples:
-    before = base.samples[name, group].of_targets(kept[base.kept])
+  same = (IN_FULL_PRECISION.get(attacker, "full_precision"), name, group)
+  if base is not None and same in base.samples:
+    before = base.samples[same].of_targets(kept[base.kept])
     fields["minus_full_precision"] = leakage.compare(own, before, confidence=level)
   plain = samples.get(("full_precision", name, group))
   if attacker != "full_precision" and base is not None and plain is not None:
@@ -273,9 +287,13 @@ def accuracy_fields(audit: Audit, own: dict, plain: dict | None) -> dict:
   return fields
 
 
-def per_class(
-  audit: Audit, scores: np.ndarray, members: np.ndarray, *, worst: int = 3
-) -> list[dict]:
+def bound_on_epsilon(options, scores, members) -> dict:
+  """What the scores refute; `options` as in `summarise`."""
+  given = {"delta": options.delta, "confidence": options.confidence}
+  return privacy.lower_bound(scores, members, **given)._asdict()
+
+
+def per_class(audit: Audit, scores: np.ndarray, members: np.ndarray) -> list[dict]:
   """AUC within the classes that leak most, means over the targets that can tell.
 
   The most of many noisy numbers is too high: read it as where to look.
@@ -294,7 +312,7 @@ def per_class(
       name = str(audit.dataset.class_names[label])
       found.append({"class": name, "num_examples": int(here.sum()), "auc": auc})
   found.sort(key=lambda entry: -entry["auc"]["value"])
-  return found[:worst]
+  return found[: audit.config.attack.worst_classes]
 
 
 def finite(scores: np.ndarray) -> np.ndarray:
@@ -659,8 +677,7 @@ def attack_files(
       size_kb=None,
       test_accuracy=records.number(None) if accuracy is None else intervals.over_targets(
         accuracy, confidence=config.attack.confidence)._asdict(),
-      epsilon=privacy.lower_bound(
-        rows, attacked["members"], confidence=config.attack.confidence)._asdict(),
+      epsilon=bound_on_epsilon(config.attack, rows, attacked["members"]),
       **summarise(config.attack, jax.random.fold_in(key, number), rows, attacked["members"]),
     )
     for number, (name, rows) in enumerate(found.items())

@@ -259,6 +259,8 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   yield "quantize.calibrate_on", lambda v: v in whom, "'members' or 'non_members'"
   yield "attack.resamples", *at_least(2)
   yield "attack.confidence", *between(lambda v: 0 < v < 1, "in (0, 1)")
+  yield "attack.delta", *between(lambda v: 0 <= v < 1, "in [0, 1)")
+  yield "attack.worst_classes", *at_least(0)
   yield "attack.exposed_share", *between(lambda v: 0 < v <= 1, "in (0, 1]")
 
   def rates(values):

@@ -105,8 +105,8 @@ def check_model(
 ) -> Survey:
   """What a model holds, once it is known that every method can quantize it; before any training.
 
-  The model runs once, with random weights (not fresh ones, which may be normalised already) and on
-  one random image.
+  The model runs once, with random weights (not fresh ones, which may be normalised already, and
+  whose draws take long to compile) and on one random image.
 
   Args:
     model: any Linen model, see `models.call`.
@@ -116,16 +116,21 @@ def check_model(
   Raises:
     ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`.
   """
-  keys = jax.random.split(jax.random.key(0))
-  image = jax.random.normal(keys[0], (1, *image_shape))
-  variables = jax.jit(functools.partial(call.init, model))(keys[1], image)
   rng = np.random.default_rng(0)
+  image = np.asarray(rng.normal(size=(1, *image_shape)), np.float32)
+  init = functools.partial(call.init, model)
+  shapes = jax.eval_shape(init, jax.random.key(0), image)
+  variables = jax.jit(lambda *given: {**init(*given), "params": {}})(jax.random.key(0), image)
 
-  def disturbed(leaf):
-    return jnp.asarray(leaf + rng.uniform(0.05, 0.2, leaf.shape), leaf.dtype)
+  def draw(leaf):
+    spread = 1 / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
+    values = (
+      rng.normal(0, spread, leaf.shape) if len(leaf.shape) > 1 else 1 + rng.random(leaf.shape)
+    )
+    return jnp.asarray(values, leaf.dtype)
 
-  params = jax.tree.map(disturbed, variables["params"])
-  stacked = jax.tree.map(lambda leaf: leaf[None], {**variables, "params": params})
+  variables = {**variables, "params": jax.tree.map(draw, shapes["params"])}
+  stacked = jax.tree.map(lambda leaf: leaf[None], variables)
   survey = capture.check(model, stacked, image[None], plans=plans, strict=strict)
   model_units.chain(model, variables, image, units=units)
   return survey

@@ -51,6 +51,8 @@ BAD = {
   "attack.fprs": ((2.0,), (0.0,), ()),
   "attack.resamples": (0,),
   "attack.confidence": (0.0, 1.0, 2.0),
+  "attack.delta": (-1e-5, 1.0, float("nan")),
+  "attack.worst_classes": (-1,),
   "attack.exposed_share": (0.0, 2.0),
   "report.show_images": (None,),
   "report.figures": (None,),

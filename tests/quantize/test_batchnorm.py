@@ -8,6 +8,7 @@ import pytest
 
 from ptq_jax import trees
 from ptq_jax.quantize import batchnorm
+from tests import fresh
 
 
 class Normalised(nn.Module):
@@ -32,7 +33,7 @@ def images():
 
 @pytest.fixture
 def variables(images):
-  return Normalised().init(jax.random.key(0), images)
+  return fresh.variables(Normalised(), images)
 
 
 def normalise(x, scale=1.0):

@@ -11,6 +11,7 @@ import pytest
 from ptq_jax import trees
 from ptq_jax.models import units
 from ptq_jax.quantize import capture, hessian
+from tests import fresh
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "obc.npz")
 
@@ -122,7 +123,7 @@ class Net(nn.Module):
 
 def test_layers_of_stacked_models():
   model, images = Net(), jax.random.normal(jax.random.key(0), (2, 5, 6, 6, 2))
-  variables = jax.vmap(lambda key: model.init(key, images[0]))(jax.random.split(jax.random.key(1)))
+  variables = fresh.stacked(model, images[0], num_models=len(images))
   layers = units.layers(model, trees.take(variables, 0), images[0])
   sizes = [np.prod(layer.kernel_shape[:-1]) ** 2 * layer.feature_group_count for layer in layers]
   budget = 2 * 8 * (sizes[0] + sizes[1])  # the third layer needs another forward pass

@@ -9,6 +9,7 @@ import pytest
 from ptq_jax import trees
 from ptq_jax.models import units
 from ptq_jax.quantize import capture, grid, nearest, plan
+from tests import fresh
 
 
 class Grouped(nn.Module):
@@ -23,9 +24,9 @@ class Grouped(nn.Module):
 @pytest.fixture(scope="module")
 def models():
   """Two of them, their images, and plans: all layers at 3 levels, the head in full precision."""
-  model, keys = Grouped(), jax.random.split(jax.random.key(0))
+  model = Grouped()
   images = jax.random.normal(jax.random.key(1), (2, 9, 5, 6, 4))
-  variables = jax.vmap(lambda key: model.init(key, images[0]))(keys)
+  variables = fresh.stacked(model, images[0], num_models=len(images))
   layers = units.layers(model, trees.take(variables, 0), images[0])
   plans = [plan.make(layers, levels=3), plan.make(layers, levels=8, last_layer_levels="full")]
   return model, variables, images, plans

@@ -11,6 +11,7 @@ import pytest
 from ptq_jax import trees
 from ptq_jax.models import units
 from ptq_jax.quantize import grid, hessian, nearest, obc, plan
+from tests import fresh
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "obc.npz")
 LEVELS = {"1.58": 3, "2": 4, "3": 8, "4": 16}
@@ -272,8 +273,7 @@ def stacked():
   """Two small networks, their images, and three plans."""
   model, rng = Small(), np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(2, 40, 6, 6, 1)).cumsum(2).cumsum(3), jnp.float32)
-  keys = jax.random.split(jax.random.key(0))
-  variables = jax.vmap(lambda key: model.init(key, images[0]))(keys)
+  variables = fresh.stacked(model, images[0], num_models=len(images))
   layers = units.layers(model, trees.take(variables, 0), images[0])
   plans = [
     plan.make(layers, levels=3, last_layer_levels=256),
