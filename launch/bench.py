@@ -2,16 +2,14 @@
 
     bash launch/run bench NAME [flags of that benchmark]
 
-Each benchmark is a module of launch/benchmarks with its own --help: attack, conv, coverage, faults,
-kills, obc, quantize, train. Times on a shared machine are
-noisy: quote the ratios, and the hardware they come from.
+Each benchmark is a module of launch/benchmarks with its own --help: attack, compile, conv,
+coverage, device, faults, kills, obc, quantize, train. Times on a shared machine are noisy: quote
+the ratios, and the hardware they come from.
 """
 
 import importlib
 import pathlib
 import sys
-
-from launch import flags
 
 BENCHMARKS = sorted(
   path.stem for path in (pathlib.Path(__file__).parent / "benchmarks").glob("[a-z]*.py")
@@ -26,7 +24,7 @@ def main() -> None:
     sys.exit(0)
   if name not in BENCHMARKS:
     print(f"error: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.", file=sys.stderr)
-    sys.exit(flags.USER_ERROR)
+    sys.exit(2)  # as `launch.flags.USER_ERROR`; a bare machine lacks what that module imports
   importlib.import_module(f"launch.benchmarks.{name}").main(arguments)
 
 

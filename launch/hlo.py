@@ -16,48 +16,24 @@ BITS = {
   "opaque": 0,
 }  # of one entry; others have them in their name: bf16, s32
 
-FREE = frozenset(
-  [
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "iota",
-    "copy-done",
-    "async-done",
-    "async-update",
-    "slice-done",
-    "add-dependency",
-    "opt-barrier",
-  ]
-)
+FREE = frozenset((
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+  "replica-id", "iota", "copy-done", "async-done", "async-update", "slice-done", "add-dependency",
+  "opt-barrier",
+))  # fmt: skip
 """Instructions that move nothing, or whose start was counted."""
 
 CUTS = frozenset(("dynamic-slice", "slice", "gather"))
 """Instructions that read no more of their first operand than they give."""
 
-MOVES = FREE | frozenset(
-  [
-    "copy",
-    "copy-start",
-    "transpose",
-    "reshape",
-    "slice",
-    "dynamic-slice",
-    "dynamic-update-slice",
-    "concatenate",
-    "pad",
-    "broadcast",
-    "reverse",
-    "fusion",
-    "call",
-  ]
-)
+MOVES = FREE | frozenset((
+  "copy", "copy-start", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice",
+  "concatenate", "pad", "broadcast", "reverse", "fusion", "call",
+))  # fmt: skip
 """Instructions that compute nothing."""
+
+
+CALLS = r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 
 
 class Buffer(NamedTuple):
@@ -270,7 +246,7 @@ def _instruction(line):
   start = rest.index("(")
   stop = _closing(rest, start)
   content, attributes = rest[start + 1 : stop], rest[stop + 1 :]
-  called = re.findall(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)", attributes)  # fmt: skip
+  called = [name for _, name in re.findall(CALLS, attributes)]
   branches = re.search(r"branch_computations=\{([^}]*)\}", attributes)
   called += re.findall(r"[\w.\-]+", branches[1]) if branches else []
   opcode = rest[:start]

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
   except (RuntimeError, NotImplementedError, ValueError) as error:
     print(f"error: {str(error).splitlines()[0]} {REMEDY}", file=sys.stderr)
     sys.exit(2)
-  version = f"{device.device_kind}, JAX {jax.__version__}, batch {options.batch}, {options.size}x{options.size}"  # fmt: skip
+  version = f"{device.device_kind}, JAX {jax.__version__}, {sizes(options)}"
   path = options.rows or f"runs/compile-{options.topology.replace(':', '-')}.jsonl"
   rows, began, left = Rows(path, version=version), time.monotonic(), 0
   print(f"compiled for {version} on {os.cpu_count()} cores\n{HEAD}")
@@ -132,6 +132,11 @@ def main(argv: list[str]) -> None:
   if left:
     print(f"{left} programs are left after {options.minutes} minutes; the same command goes on.")
   print(f"rows: {path}")
+
+
+def sizes(options: argparse.Namespace) -> str:
+  """What the rows of a file have in common besides the compiler."""
+  return f"{options.dtype}, batch {options.batch}, {options.size}x{options.size}"
 
 
 def target(topology: str) -> tuple[jax.Device, Chip | None]:
@@ -231,7 +236,7 @@ def measure(job: Job, device: jax.Device, chip: Chip | None, options: argparse.N
 def described_as(device: jax.Device) -> Iterator[None]:
   """Inside, code that asks where it runs is told of the device that is compiled for."""
   platform = {"cuda": "gpu"}.get(device.platform, device.platform)
-  with mock.patch.object(jax, "default_backend", lambda: platform):
+  with mock.patch.object(jax, "default_backend", return_value=platform):
     yield
 
 
@@ -253,8 +258,7 @@ def lowered(case: Case, job: Job, device: jax.Device):
 def network(job: Job, options: argparse.Namespace):
   """A model, its image shape, and its variables stacked."""
   size = (options.size, options.size, 3)
-  dtype = models.compute_dtype("auto")
-  model = models.make(job.model, num_classes=options.classes, width=job.width, dtype=dtype)
+  model = models.make(job.model, num_classes=options.classes, width=job.width, dtype=options.dtype)
   one = jax.eval_shape(model.init, jax.random.key(0), array(1, *size))
   return model, size, stacked(one, job.together)
 
@@ -355,7 +359,7 @@ def obc_layer(job: Job, options: argparse.Namespace) -> Case:
   layer = largest_layer(job, options)
   D, rows = layer.num_rows, layer.num_columns * job.together
   chip = CHIPS.get(options.topology.split(":")[0])
-  memory = int(chip.gigabytes * 1e9) // 4 if chip else obc.CPU_MEMORY_BYTES
+  memory = int(chip.gigabytes * 1e9) // 4 if chip else obc.default_memory_bytes()
 
   def run(weights, matrix, owner, scale):
     inverse = hessian.Inverse(matrix, jnp.zeros(len(matrix)))
@@ -443,6 +447,7 @@ def parser() -> argparse.ArgumentParser:
   found.add_argument("--size", type=int, default=32, help="of the square images")
   found.add_argument("--classes", type=int, default=10)
   found.add_argument("--batch", type=int, default=128)
+  found.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
   found.add_argument("--together", type=int, nargs="+", default=[1, 2], help="models in a program")
   found.add_argument("--lowerings", nargs="+", default=conv.LOWERINGS, choices=conv.LOWERINGS)
   found.add_argument("--parts", nargs="+", default=list(CASES), choices=list(CASES))
