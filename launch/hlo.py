@@ -150,7 +150,7 @@ class Program:
         total += max(self._traffic(branch) for branch in one.called)
       elif one.opcode not in FREE:
         read, written = self._read(one, values), self._written(one, values)
-        copied = read + written if read and written and self._only_moves(one) else 0
+        copied = read + written if read and written and self.only_moves(one) else 0
         total += Traffic(read + written, copied, 1)
     return total
 
@@ -217,12 +217,12 @@ class Program:
       total += sum(buffer.size for buffer in result.buffers)
     return total
 
-  def _only_moves(self, one):
+  def only_moves(self, one):
     """Whether it computes nothing: a copy, or a fusion of nothing but moves."""
     if one.opcode not in MOVES:
       return False
     inside = [each for name in one.called for each in self.computations[name]]
-    return all(map(self._only_moves, inside))
+    return all(map(self.only_moves, inside))
 
 
 def of(compiled, *, unknown_trips: int = 1) -> Program:
