@@ -101,14 +101,8 @@ def training(together):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA:CPU makes")
-def test_training_is_one_loop_that_copies_neither_kernels_nor_the_pool():
-  program = hlo.of(training(1))
+def test_training_is_one_loop_that_updates_its_states_in_place():
+  program, needs = hlo.of(training(1)), training(1).memory_analysis()
   assert program.loops().count(3) == 1
-  copied = [
-    one.buffers[0].size
-    for one, runs in program.instructions()
-    if runs == 3 and program.only_moves(one) and one.opcode not in hlo.FREE
-  ]
-  assert max(copied, default=0) < 640 * 64  # nothing as large as the pool
-  needs = training(1).memory_analysis()
-  assert needs.alias_size_in_bytes > 0  # states are updated where they lie
+  parameters = 4 * (9 * 8 + 9 * 8 * 16 + 9 * 16 * 32)  # bytes of the kernels of the convolutions
+  assert needs.alias_size_in_bytes > 2 * parameters  # with their momentum
