@@ -146,6 +146,8 @@ def test_an_audit_of_saved_scores(tmp_path):
   frame = result.frame().set_index("metric")
   assert frame.value["auc"] > 0.9
   assert roc.auc(scores[0], members[0]) > 0.9
+  with pytest.raises(ValueError, match=r"holds results of other scores \(arrays\)"):
+    audit.run_scores({"scores": -scores, "members": members}, workdir=tmp_path)
   with pytest.raises(ValueError, match="the arrays has no array 'members'; it has scores"):
     audit.run_scores({"scores": scores}, workdir=tmp_path)
 

@@ -7,6 +7,7 @@ Reads the scores of an audit, writes results.jsonl. Every quantized target meets
 
 import datetime
 import functools
+import hashlib
 import pathlib
 import zipfile
 from collections.abc import Mapping
@@ -651,7 +652,7 @@ def attack_files(
     targets: the same of T targets on the same examples; None: every shadow is target once.
     command: how this was called, for the record.
   Raises:
-    ValueError: also if the workdir holds an audit.
+    ValueError: also if the workdir holds an audit, or results of other scores.
     ValueError: arrays that are missing or do not fit.
     FileNotFoundError: no such file.
   """
@@ -660,6 +661,8 @@ def attack_files(
   own = read_scores(shadows)
   attacked = own if targets is None else read_scores(targets)
   names = ["arrays" if isinstance(one, Mapping) else one for one in (shadows, targets) if one]
+  path = workdir / "results.jsonl"
+  _require_same_scores(path, fingerprint_of_scores(own, attacked))
   options = {"attacks": tuple(config.attack.attacks), "labels": own.get("labels")}
   if targets is not None:
     found = protocol.dedicated_targets(own["scores"], own["members"], attacked["scores"], **options)
@@ -682,7 +685,7 @@ def attack_files(
     )
     for number, (name, rows) in enumerate(found.items())
   ]  # fmt: skip
-  files = {"name": ", ".join(names)}
+  files = {"name": ", ".join(names), "fingerprint": fingerprint_of_scores(own, attacked)}
   run_ = records.run(
     name=pathlib.Path(names[0]).stem,
     config={"attack": settings.plain(config.attack), "seed": config.seed},
@@ -708,9 +711,31 @@ def attack_files(
     for about, message in sentences.items()
     if message
   ]
-  path = workdir / "results.jsonl"
   storage.write_records(path, [run_, *leaks, *cautions])
   Manifest(workdir).record("attack", "saved scores", [path])
+
+
+def fingerprint_of_scores(*sources: dict) -> str:
+  """Changes with any score or membership of `read_scores`."""
+  found = hashlib.sha256()
+  for arrays in sources:
+    for name in ("scores", "members"):
+      found.update(f"{arrays[name].shape}".encode() + np.ascontiguousarray(arrays[name]).tobytes())
+  return found.hexdigest()[:16]
+
+
+def _require_same_scores(path: pathlib.Path, fingerprint: str) -> None:
+  """Raises ValueError if results are there of scores that are not these."""
+  try:
+    runs = records.select(storage.read_records(path), "run")
+  except (FileNotFoundError, storage.CorruptFileError):
+    return
+  stored = runs[0]["data"] if runs else {}
+  if stored.get("fingerprint", fingerprint) != fingerprint:
+    raise ValueError(
+      f"{path.parent} holds results of other scores ({stored['name']}); use another --workdir, or "
+      "delete it."
+    )
 
 
 def read_scores(source: str | Mapping[str, np.ndarray]) -> dict:
