@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from ptq_jax.attack import blocks
 from ptq_jax.base import (
@@ -189,7 +188,7 @@ def tune_offline_a(
     scores = attack(
       shadow_scores, members, shadow_scores, side="offline", offline_a=a, left_out=left_out
     )
-    ranks = scipy.stats.rankdata(scores, axis=1)
+    ranks = np.stack([_ranks(row) for row in np.asarray(scores)])
     counts = members.sum(axis=1)
     above = (ranks * members).sum(axis=1) - counts * (counts + 1) / 2
     areas.append(np.mean(above / (counts * (members.shape[1] - counts))))
@@ -280,3 +279,10 @@ def _dominated(log_ratios, others, log_gamma):
   count = jax.vmap(jax.vmap(lambda z, x: jnp.searchsorted(z, x, side="right")))
   below = count(others, jnp.moveaxis(log_ratios, 2, 1) - log_gamma)
   return below.mean(axis=1) / others.shape[-1]
+
+
+def _ranks(values):
+  """Ranks from 1 on; ties share their mean."""
+  ordered = np.sort(values)
+  below, upto = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+  return (below + upto + 1) / 2

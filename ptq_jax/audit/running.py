@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import pandas as pd
 
 from ptq_jax import models, settings, storage
 from ptq_jax.audit import attacking, events, preflight, quantizing, reporting, training, work
@@ -44,9 +43,11 @@ class Result:
     """The page for a browser."""
     return self.workdir / "index.html"
 
-  def frame(self) -> pd.DataFrame:
+  def frame(self) -> "pandas.DataFrame":
     """One row per variant, attacker, attack and metric: value, low and high."""
-    return pd.DataFrame(
+    import pandas  # a second of every command, which few need
+
+    return pandas.DataFrame(
       [
         {
           "method": record["method"],

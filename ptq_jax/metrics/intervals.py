@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-import scipy.stats
 
 from ptq_jax.base import Array, ArrayLike, Bool, Float, Key, Shaped, as_members
 from ptq_jax.metrics import roc
@@ -467,12 +466,12 @@ def _difference(value, variance, freedom, confidence, name):
   if variance == 0:
     p = float(value == 0)
   else:
-    p = float(2 * scipy.stats.t.sf(abs(value) / math.sqrt(variance), freedom))
+    p = float(2 * scipy.special.stdtr(freedom, -abs(value) / math.sqrt(variance)))
   return Difference(value, low, high, _named(name, confidence), p)
 
 
 def _half(variance, freedom, confidence):
-  return float(scipy.stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance))
+  return float(scipy.special.stdtrit(freedom, (1 + confidence) / 2) * math.sqrt(variance))
 
 
 def _within_unit(value, variance, freedom, confidence, trials, name):
@@ -498,9 +497,13 @@ def binomial(successes: int, trials: int, *, confidence: float = 0.95) -> Interv
 
   Reference: Clopper and Pearson 1934.
   """
-  test = scipy.stats.binomtest(successes, trials).proportion_ci(confidence)
-  name = _named("exact binomial", confidence)
-  return Interval(successes / trials, float(test.low), float(test.high), name)
+  tail, failures = (1 - confidence) / 2, trials - successes
+  low, high = 0.0, 1.0
+  if successes:
+    low = float(scipy.special.betaincinv(successes, failures + 1, tail))
+  if failures:
+    high = float(scipy.special.betaincinv(successes + 1, failures, 1 - tail))
+  return Interval(successes / trials, low, high, _named("exact binomial", confidence))
 
 
 def _named(name, confidence):

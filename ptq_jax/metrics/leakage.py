@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from ptq_jax.base import ArrayLike, Bool, Float, Key, Shaped, as_members
 from ptq_jax.metrics import intervals, roc
@@ -301,7 +301,7 @@ def _false_positives(curves, level, num_others, confidence):
   chance = float(roc.chance(num_others, fpr=level.fpr, rule=level.rule))
   allowed = round(chance * (num_others + 1)) - 1
   tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-  low, high = scipy.stats.beta.ppf(tails, allowed + 1, max(num_others - allowed, 1e-9))
+  low, high = scipy.special.betaincinv(allowed + 1, max(num_others - allowed, 1e-9), tails)
   promised = intervals.Interval(
     chance, float(low), float(high), f"order statistic, {100 * confidence:g} %"
   )

@@ -51,7 +51,7 @@ def train(count, devices, first=0, states=None, last=180):
 
 whole = jax.device_get(train(6, 1).states())
 same = lambda one, other: jax.tree.map(np.testing.assert_array_equal, one, other)
-for devices in (2, 4):  # with 4, one device trains a copy
+for devices in (4,):  # one device trains a copy; two go on below
   same(whole, train(6, devices).on_host())
 same(jax.tree.map(lambda leaf: leaf[:5], whole), train(5, 3).on_host())  # others are beside it
 part = train(6, 3, last=100)  # in the middle of an epoch
