@@ -135,17 +135,6 @@ def test_models_of_others(name, foreign):
       assert (record.error_after < record.error_before).any()
 
 
-def test_half_precision_parameters_stay_so(name, digits):
-  half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), digits.variables["params"])
-  variables = {**digits.variables, "params": half}
-  quantized, _ = stacked(
-    name, digits, variables=variables, plans=[plan.make(layers_of(digits), levels=4)]
-  )
-  assert_same_tree(quantized, variables, 1)
-  for layer in layers_of(digits):
-    assert num_values(trees.get(quantized, layer.kernel)[0, 0]) <= 4
-
-
 def test_dead_inputs_and_constant_channels_are_safe(name, digits):
   path = "params/blocks_0/conv/kernel"
   kernel = trees.get(digits.variables, path).at[..., 0].set(0.0).at[..., 1].set(0.25)
