@@ -7,6 +7,8 @@ Run it again and it does nothing but print the table; kill it and run it again a
 it in several places on one workdir and they share the models out; whoever ends last attacks.
 """
 
+import jax
+
 from launch import flags, progress
 from ptq_jax.audit import preflight, running
 from ptq_jax.audit.layout import variant_name
@@ -21,11 +23,13 @@ def run(config, workdir, *, shard, models=None, verify=False) -> None:
     print("\n".join(problems) or f"{workdir} is whole.", flush=True)
     raise SystemExit(flags.FAILURE if problems else 0)
   data, train = audit.dataset, config.train
+  devices = jax.local_devices()
   against = f"{train.targets} targets" if train.targets else "each of them target once"
   print(
     f"{config.name}: {len(data.train_labels)} images of {data.name} in the pool, "
     f"{train.models} models ({config.model.name}), {against}, {train.epochs} epochs.\n"
     f"Quantized as {', '.join(map(variant_name, audit.variants()))}.\n"
+    f"Runs on {len(devices)} x {devices[0].device_kind} with JAX {jax.__version__}.\n"
     f"Everything goes to {workdir}.",
     flush=True,
   )

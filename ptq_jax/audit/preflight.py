@@ -6,6 +6,7 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 
 import functools
 import inspect
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +37,9 @@ CHOICES = {
 }
 """Values of options of methods that are words; the first is the default."""
 
+GPU = pathlib.Path("/dev/nvidia0")
+"""What Linux shows of the first NVIDIA GPU."""
+
 CPU_CHUNK = 16
 """Most models at once on a CPU, where more cost compilation and gain nothing."""
 
@@ -62,6 +66,8 @@ def open_audit(
     audit = Audit(config, root, trained, **more)
     check(audit)
     require_own(audit)
+    if sentence := unused_gpu():
+      audit.say(sentence)
     counts = {"shadows": config.train.models, "targets": config.train.targets}
     found = work.settle(
       trained,
@@ -87,6 +93,16 @@ def open_audit(
     if _read_config(root) != described:
       storage.write_json(root / "config.json", described)
     return audit
+
+
+def unused_gpu() -> str | None:
+  """A sentence if this machine has an NVIDIA GPU that JAX does not use, though nobody said so."""
+  if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") or not GPU.exists():
+    return None
+  return (
+    "this machine has an NVIDIA GPU, but JAX computes on the CPU; install jax[cuda12] (bash "
+    "launch/run does, with PTQ_JAX_EXTRA=cuda), or set JAX_PLATFORMS=cpu to say that it is meant."
+  )
 
 
 def _read_config(root):

@@ -164,6 +164,18 @@ def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path, size, features,
     audit.run(config, workdir=tmp_path, data=data, model=Valid(features))
 
 
+def test_a_gpu_that_is_not_used_is_named_unless_it_is_meant(tmp_path, monkeypatch):
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.setattr(preflight, "GPU", tmp_path)
+  monkeypatch.setattr(preflight.jax, "default_backend", lambda: "cpu")
+  assert "but JAX computes on the CPU" in preflight.unused_gpu()
+  monkeypatch.setattr(preflight, "GPU", tmp_path / "none")
+  assert preflight.unused_gpu() is None
+  monkeypatch.setattr(preflight, "GPU", tmp_path)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  assert preflight.unused_gpu() is None
+
+
 def test_too_many_calibration_images_are_capped_aloud(tmp_path):
   said = []
   config = tiny_config(quantize__calibration_size=31)

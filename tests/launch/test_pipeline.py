@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,6 +89,7 @@ def test_writes_everything_it_promises(finished):
     assert (workdir / "figures" / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (workdir / "figures" / f"{figure}.svg").read_text()
   assert "60 images of digits in the pool, 8 models" in done.stdout
+  assert f"Runs on 1 x cpu with JAX {jax.__version__}" in done.stdout
   assert "full precision" in done.stdout
   assert "Traceback" not in done.stderr
   for stage in ("train_shadows", "quantize", "attack"):
