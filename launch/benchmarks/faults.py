@@ -23,7 +23,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from launch import progress
+from launch import progress, sweep
 from ptq_jax import audit, settings, storage
 from ptq_jax.audit import events
 
@@ -56,9 +56,8 @@ def main(argv: list[str]) -> None:
   """Prints a table of kinds of files and damages, and one of failures."""
   options, overrides = _parser().parse_known_args(argv)
   config = settings.load(options.config)
-  for override in overrides:
-    key, _, text = override.removeprefix("--config.").partition("=")
-    config.update_from_flattened_dict({key: type(settings.get(config, key))(text)})
+  pairs = (override.removeprefix("--config.").partition("=") for override in overrides)
+  config = sweep.with_values(config, {key: text for key, _, text in pairs})
   with tempfile.TemporaryDirectory() as folder:
     whole = pathlib.Path(folder, "whole")
     audit.run(config, workdir=whole)

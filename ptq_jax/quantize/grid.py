@@ -46,6 +46,7 @@ def fit(
   search: str = "mse",
   norm: float = 2.4,
   include_zero: bool = True,
+  two_levels: bool = True,
 ) -> Grid:
   """One grid per output channel, the last axis of a Flax kernel.
 
@@ -65,6 +66,8 @@ def fit(
       keeps, per channel, the first that minimises the mean of |error| ** norm.
     norm: exponent of the search "mse".
     include_zero: widen the range to contain 0 (asymmetric grids; symmetric ones always do).
+    two_levels: whether traced levels may be 2. If not, the search for two levels is not compiled,
+      which is half of the work.
   Returns:
     Grid of scale and zero point [1, ..., 1, channels]. A channel of zeros gets a grid that holds 0;
     a constant channel, which has no range of its own, gets the one that includes 0.
@@ -79,7 +82,8 @@ def fit(
     raise ValueError(f'search must be "mse" or "minmax", got {search!r}.')
   check_finite(weights, "weights")
   steps = SEARCH_STEPS if search == "mse" else 1
-  scale, zero_point = _fit(weights, levels, norm, symmetric, include_zero, steps)
+  pairs = two_levels if is_traced(levels) else bool(np.any(np.asarray(levels) == MIN_LEVELS))
+  scale, zero_point = _fit(weights, levels, norm, symmetric, include_zero, steps, pairs)
   return Grid(scale, zero_point, levels)
 
 
@@ -146,8 +150,8 @@ def is_traced(value: object) -> bool:
   return isinstance(value, jax.core.Tracer)
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "symmetric", "include_zero", "steps"))
-def _fit(weights, levels, norm, symmetric, include_zero, steps):
+@functools.partial(jax.jit, static_argnames=("norm", "symmetric", "include_zero", "steps", "pairs"))
+def _fit(weights, levels, norm, symmetric, include_zero, steps, pairs):
   """Scale and zero point, each [1, ..., 1, channels], after `steps` shrink factors."""
   weights = jnp.asarray(weights)
   weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
@@ -173,7 +177,7 @@ def _fit(weights, levels, norm, symmetric, include_zero, steps):
     factors = jnp.asarray(1 - np.arange(steps) / 100, weights.dtype)
     start = (jnp.full_like(low, jnp.inf), scale, zero_point)
     (_, scale, zero_point), _ = jax.lax.scan(step, start, factors)
-  if is_traced(levels) or levels == MIN_LEVELS:
+  if pairs:
     if steps > 1:
       lower, upper = _two_levels(weights, symmetric)
     else:

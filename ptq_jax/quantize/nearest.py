@@ -153,7 +153,8 @@ def _layer(solve, options, layer, original, hessians, levels):
   where = tuple(None if count is None else distinct.index(count) for count in levels)
   found = (None,) * 5  # if all is kept in full precision
   if distinct:
-    job, fitted, before = _round(layer, options, original, hessians, np.array(distinct))
+    given = (*options, ("two_levels", distinct[0] == grid.MIN_LEVELS))
+    job, fitted, before = _round(layer, given, original, hessians, np.array(distinct))
     kernels, after = _keep_better(layer, job, solve(job), before)
     found = kernels, before, after, fitted.scale, fitted.zero_point
   kernels, *parts = _by_plan(where, layer.grid_shape, original, found)

@@ -27,7 +27,7 @@ from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
 from ptq_jax.models import conv, from_nnx, units
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Kept, Layer, Unit
-from ptq_jax.quantize import capture, plan
+from ptq_jax.quantize import capture, grid, plan
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Plan, Record
 
@@ -175,7 +175,8 @@ def fit_grids(
   kernels = stack([trees.get(site.full[m], layer.kernel) for m in site.models])
   levels = site.levels[layer.path]
   counts = np.where(levels > 0, levels, 256)
-  return kernels, _fit(layer, tuple(sorted(options.items())), kernels, counts), levels
+  given = options | {"two_levels": bool((counts == grid.MIN_LEVELS).any())}
+  return kernels, _fit(layer, tuple(sorted(given.items())), kernels, counts), levels
 
 
 def replace_kernels(

@@ -47,10 +47,10 @@ def wait_for(found, process):
 
 
 def test_shards_give_what_one_process_gives(finished, tmp_path):
-  """Three processes have two chunks: one of them has nothing to do, and ends."""
-  processes = [start(tmp_path, f"--shard={number}/3") for number in range(3)]
+  """Four processes have two chunks: two of them have nothing to do, and end."""
+  processes = [start(tmp_path, f"--shard={number}/4") for number in range(4)]
   ended = [ends(process) for process in processes]
-  assert [code for code, _, _ in ended] == [0] * 3, ended
+  assert [code for code, _, _ in ended] == [0] * 4, ended
   assert sum("index.html shows more" in output for _, output, _ in ended) >= 1
   pipeline.assert_same(finished, tmp_path)
 

@@ -252,3 +252,16 @@ def test_codes_do_not_depend_on_the_scale_of_the_weights(levels, factor):
   np.testing.assert_array_equal(
     grid.codes(weights * two, grid.fit(weights * two, levels=levels)), expected
   )
+
+
+def test_without_the_search_for_two_levels_others_are_the_same():
+  weights = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)), jnp.float32)
+  for two_levels in (True, False):
+    fit = jax.jit(lambda levels, two=two_levels: grid.fit(weights, levels=levels, two_levels=two))
+    for levels in (3, 16):
+      found, expected = fit(levels), grid.fit(weights, levels=levels, two_levels=False)
+      np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-6)
+      np.testing.assert_array_equal(found.zero_point, expected.zero_point)
+  np.testing.assert_array_equal(
+    grid.fit(weights, levels=2, two_levels=False).scale, grid.fit(weights, levels=2).scale
+  )
