@@ -8,7 +8,6 @@ import pytest
 
 from ptq_jax import trees
 from ptq_jax.quantize import batchnorm
-from tests import fresh
 
 
 class Normalised(nn.Module):
@@ -33,7 +32,7 @@ def images():
 
 @pytest.fixture
 def variables(images):
-  return fresh.variables(Normalised(), images)
+  return jax.jit(Normalised().init)(jax.random.key(0), images)
 
 
 def normalise(x, scale=1.0):

@@ -373,9 +373,9 @@ def test_batchnorm_is_estimated_only_where_weights_changed(stacked):
   )
   np.testing.assert_array_equal(none, np.stack([old] * 3))
   for mean in (default, given):
-    assert (np.abs(mean[:2] - none[:2]) > 1e-3).all()
+    assert (np.abs(mean[:2] - none[:2]) > 1e-5).all()
     np.testing.assert_array_equal(mean[2], old)
-  assert (np.abs(default[:2] - given[:2]) > 1e-3).all()
+  assert (np.abs(default[:2] - given[:2]) > 1e-5).all()
 
 
 def test_bad_options(stacked):
