@@ -116,8 +116,11 @@ def take(tree: PyTree, index) -> PyTree:
 
   All leaves of a tree on a device are taken by one program.
   """
-  whole = not isinstance(index, slice) and np.asarray(index).dtype.kind in "iu"
-  if whole and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+  if (
+    not isinstance(index, slice)
+    and _is_whole(index)
+    and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+  ):
     return _take(tree, index)
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
@@ -137,6 +140,12 @@ def length(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
   """Bytes of all leaves, arrays or `jax.ShapeDtypeStruct`."""
   return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _is_whole(index) -> bool:
+  """Whether an index is made of integers; it may be traced."""
+  dtype = index.dtype if hasattr(index, "dtype") else np.asarray(index).dtype
+  return dtype.kind in "iu"
 
 
 @jax.jit

@@ -9,7 +9,7 @@ together in a program and lowerings of their convolutions. A row is printed when
 in a file, from which the next start goes on. Columns, per step of one model:
 
 moved    bytes through the memory beside the chip, in `copies` the part that only copies,
-         transposes, pads or concatenates. Read from the optimised program (`launch.hlo`), every
+         transposes, pads or concatenates. Read from the optimised program (`_hlo.py`), every
          loop counted as often as it runs; arrays that the compiler keeps on the chip move nothing.
 kernels  instructions that move anything: on a GPU each is a launch.
 memory   milliseconds that `moved` takes at the chip's bandwidth: no step can be faster.
@@ -38,8 +38,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from launch import hlo
-from launch.rows import Rows
+from launch.benchmarks import _hlo as hlo
+from launch.benchmarks._rows import Rows
 from ptq_jax import models
 from ptq_jax.attack import confidence
 from ptq_jax.data import augment

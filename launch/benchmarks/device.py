@@ -9,7 +9,7 @@ Measures, in the order of what they tell:
   scoring, brecq, adaround, obc   as `bench compile` describes them
   conv       layers of ResNet-18 forward and backward, models one by one and four at once
   lira       the online attack
-Beside every program stands the time that its bytes (by the compiled program, `launch.hlo`) take at
+Beside every program stands the time that its bytes (by the compiled program, `_hlo.py`) take at
 the speed of the copy, and its memory (`memory_analysis`) beside the most that the device held.
 
 Every row is kept in a file as soon as it is measured; the next start goes on from there. The last
@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import hlo
+from launch.benchmarks import _hlo as hlo
 from launch.benchmarks import compile as programs
 from launch.benchmarks import conv as layers
 from launch.benchmarks import train
+from launch.benchmarks._rows import Rows
 from launch.benchmarks.compile import AS_CHOSEN, Case, Job
-from launch.rows import Rows
 from ptq_jax.attack import lira
 from ptq_jax.models import conv, flops, parallel
 

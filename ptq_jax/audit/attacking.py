@@ -662,7 +662,8 @@ def attack_files(
   attacked = own if targets is None else read_scores(targets)
   names = ["arrays" if isinstance(one, Mapping) else one for one in (shadows, targets) if one]
   path = workdir / "results.jsonl"
-  _require_same_scores(path, fingerprint_of_scores(own, attacked))
+  fingerprint = fingerprint_of_scores(own, attacked)
+  _require_same_scores(path, fingerprint)
   options = {"attacks": tuple(config.attack.attacks), "labels": own.get("labels")}
   if targets is not None:
     found = protocol.dedicated_targets(own["scores"], own["members"], attacked["scores"], **options)
@@ -685,7 +686,7 @@ def attack_files(
     )
     for number, (name, rows) in enumerate(found.items())
   ]  # fmt: skip
-  files = {"name": ", ".join(names), "fingerprint": fingerprint_of_scores(own, attacked)}
+  files = {"name": ", ".join(names), "fingerprint": fingerprint}
   run_ = records.run(
     name=pathlib.Path(names[0]).stem,
     config={"attack": settings.plain(config.attack), "seed": config.seed},

@@ -100,7 +100,7 @@ def unused_gpu() -> str | None:
   if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") or not GPU.exists():
     return None
   return (
-    "this machine has an NVIDIA GPU, but JAX computes on the CPU; install jax[cuda12] (bash "
+    "this machine has an NVIDIA GPU, but JAX computes on the CPU; install jax[cuda13] (bash "
     "launch/run does, with PTQ_JAX_EXTRA=cuda), or set JAX_PLATFORMS=cpu to say that it is meant."
   )
 
@@ -323,7 +323,7 @@ def _check_quantize(audit):
     value = quantize[method].get(option, choices[0])
     if value not in choices:
       raise ValueError(f"quantize.{method}.{option} is {value!r}; use one of {', '.join(choices)}.")
-  known = set(inspect.signature(grid.fit).parameters) - {"weights", "levels"}
+  known = set(inspect.signature(grid.fit).parameters) - {"weights", "levels", "two_levels"}
   for method in METHODS:
     for option in quantize.get(method, {}).get("grid_options", {}):
       if option not in known:

@@ -156,7 +156,7 @@ def _layer(solve, options, layer, original, hessians, levels):
     given = (*options, ("two_levels", distinct[0] == grid.MIN_LEVELS))
     job, fitted, before = _round(layer, given, original, hessians, np.array(distinct))
     kernels, after = _keep_better(layer, job, solve(job), before)
-    found = kernels, before, after, fitted.scale, fitted.zero_point
+    found = kernels.astype(original.dtype), before, after, fitted.scale, fitted.zero_point
   kernels, *parts = _by_plan(where, layer.grid_shape, original, found)
   before, after, scale, zero_point = jax.device_get(parts)
   counts = np.tile(np.array([[count or 0] for count in levels]), len(original))
@@ -175,7 +175,7 @@ def _by_plan(where, grid_shape, original, found):
   zeros = jnp.zeros((len(original), *grid_shape))
   otherwise = original, none, none, zeros + 1, zeros
   return [
-    jnp.stack([kept if u is None else part[u].astype(kept.dtype) for u in where])
+    jnp.stack([kept if u is None else part[u] for u in where])
     for part, kept in zip(found, otherwise, strict=True)
   ]
 

@@ -46,7 +46,7 @@ BAD = {
   "quantize.obc": ({"calibration_size": 11}, {"damp": 0.1}, {"batchnorm": "x"}),
   "quantize.adaround": ({"form": "x"}, {"stop": "x"}, {"mini_batch": {"step": 1}}),
   "quantize.brecq": ({"loss": "x"}, {"form": "x"}),
-  "quantize.nearest": ({"grid_options": {"nope": 1}},),
+  "quantize.nearest": ({"grid_options": {"nope": 1}}, {"grid_options": {"two_levels": False}}),
   "attack.attacks": (("guess",), ()),
   "attack.fprs": ((2.0,), (0.0,), ()),
   "attack.resamples": (0,),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from launch import hlo
+from launch.benchmarks import _hlo as hlo
 from ptq_jax import models
 from ptq_jax.data import augment
 from ptq_jax.models import conv
