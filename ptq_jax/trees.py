@@ -116,11 +116,8 @@ def take(tree: PyTree, index) -> PyTree:
 
   All leaves of a tree on a device are taken by one program.
   """
-  if (
-    not isinstance(index, slice)
-    and _is_whole(index)
-    and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
-  ):
+  on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+  if on_device and not isinstance(index, slice) and _is_whole(index):
     return _take(tree, index)
   return jax.tree.map(lambda leaf: leaf[index], tree)
 
