@@ -8,7 +8,7 @@ import jax
 import pytest
 
 # LLVM's last passes take most of the time to compile and gain tests nothing: a program that draws
-# ten random arrays takes 5 s with them and 2 s without (BUILD_NOTES.md). Launched programs inherit it.
+# ten random arrays takes 5 s with them, 2 s without (BUILD_NOTES.md). Launched programs inherit it.
 QUICK_COMPILE = "--xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 

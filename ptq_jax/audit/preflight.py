@@ -59,6 +59,7 @@ def open_audit(
     ValueError: a value that makes no sense, or a workdir of another config (the keys are named).
     PermissionError, NotADirectoryError: a workdir that cannot be written.
   """
+  jax.devices()  # where there is none, JAX says so, and no model is blamed below
   with work.pinned_randomness():
     settings.require_known_keys(config)
     root = storage.require_writable(root)
@@ -270,6 +271,13 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   yield "train.lowering", lambda v: v in lowerings, f"one of {', '.join(lowerings)}"
   yield "queries.views", *at_least(1)
   yield "queries.batch_size", *at_least(1)
+
+  def counts(values):
+    return all(isinstance(v, int) and grid.MIN_LEVELS <= v <= grid.MAX_LEVELS for v in values)
+
+  for key in ("levels", "sweep_last_layer_at"):
+    words = f"whole numbers from {grid.MIN_LEVELS} to {grid.MAX_LEVELS}"
+    yield f"quantize.{key}", counts, words
   yield "quantize.calibration_size", *at_least(1)
   whom = ("members", "non_members")
   yield "quantize.calibrate_on", lambda v: v in whom, "'members' or 'non_members'"

@@ -131,8 +131,8 @@ def check_levels(levels: Any) -> None:
   if is_traced(levels):
     return
   values = np.asarray(levels)
-  whole = values == np.floor(values)
-  if not (whole & (values >= MIN_LEVELS) & (values <= MAX_LEVELS)).all():
+  number = values.dtype.kind in "iuf"
+  if not number or not ((values % 1 == 0) & (values >= MIN_LEVELS) & (values <= MAX_LEVELS)).all():
     raise ValueError(
       f"levels must be a whole number from {MIN_LEVELS} to {MAX_LEVELS}, got {levels}."
     )

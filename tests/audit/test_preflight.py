@@ -36,7 +36,7 @@ BAD = {
   "queries.augmentation": (("blur",),),
   "queries.batch_size": (0,),
   "quantize.methods": (("gptq",),),
-  "quantize.levels": ((1,), (300,)),
+  "quantize.levels": ((1,), (300,), ("three",), (3.5,)),
   "quantize.last_layer_levels": (("none",), (1,)),
   "quantize.sweep_last_layer_at": ((1,),),
   "quantize.overrides": (("nope=3",), ("stem",)),
@@ -174,6 +174,15 @@ def test_a_gpu_that_is_not_used_is_named_unless_it_is_meant(tmp_path, monkeypatc
   monkeypatch.setattr(preflight, "GPU", tmp_path)
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   assert preflight.unused_gpu() is None
+
+
+def test_no_device_is_not_taken_for_a_model_that_does_not_fit(tmp_path, monkeypatch):
+  def devices():
+    raise AssertionError  # as JAX_PLATFORMS=cuda without a GPU; `launch.flags` has the sentence
+
+  monkeypatch.setattr(preflight.jax, "devices", devices)
+  with pytest.raises(AssertionError):
+    opened(tmp_path)
 
 
 def test_too_many_calibration_images_are_capped_aloud(tmp_path):
