@@ -11,9 +11,10 @@ attacks scores that any framework saved, and reports. shadows.npz holds `scores`
 (or [M, E]; higher means member, such as the logit-scaled confidence) and `members` bool[M, E];
 targets.npz the same of T targets, on the same examples. Without --targets every shadow is target
 once. For a "class_threshold" among attack.attacks, shadows.npz also needs `labels` int[E]. A file
-may say what its models are: `method`, `levels`, `last_layer_levels`, `accuracy` float[M]. Folders
-that tensorflow/privacy's LiRA (experiment*/scores, keep.npy) or Privacy Meter (signals, models)
-wrote are read, too. Without --workdir the results go to runs/scores-NAME.
+may say what its models are: `method`, `levels`, `last_layer_levels`, `accuracy` float[M] on test
+data, `member_accuracy` float[M] on what each model trained on. Folders that tensorflow/privacy's
+LiRA (experiment*/scores, keep.npy) or Privacy Meter (signals, models) wrote are read, too. Without
+--workdir the results go to runs/scores-NAME.
 """
 
 import pathlib

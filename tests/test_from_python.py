@@ -96,6 +96,7 @@ def test_an_audit_of_ones_own_model_data_and_quantizer(tmp_path, pulled):
   units = records.select(result.records, "unit", method="pulled")
   assert any(unit["error_after"] < unit["error_nearest"] for unit in units)
   assert {"method", "levels", "attacker", "attack", "metric", "value", "low", "high"} <= {*frame}
+  assert {"member_accuracy", "scores targets members mean"} <= {*frame.metric}
   assert "<pre>" in result._repr_html_()
   assert result.page.read_text().startswith("<!doctype html>")
 
@@ -105,7 +106,10 @@ def test_an_audit_of_ones_own_model_data_and_quantizer(tmp_path, pulled):
     network = audit.load_quantized(result.workdir, name, number=number, model=Mine)
     [path] = (result.workdir / "scores" / name).glob("*.npz")
     scores = confidence.logit_scaled(np.asarray(network(train)), labels)
-    np.testing.assert_allclose(storage.load_arrays(path)["scores"][number, :, 0], scores, atol=1e-3)
+    arrays = storage.load_arrays(path)
+    np.testing.assert_allclose(arrays["scores"][number, :, 0], scores, atol=1e-3)
+    named = np.argmax(network(train), axis=-1) == labels
+    assert arrays["member_accuracy"][number] == pytest.approx(named[network.members].mean())
     assert network.members.shape == labels.shape
     assert network.members.sum() == 20
     kernel = network.variables["params"]["first"]["kernel"]

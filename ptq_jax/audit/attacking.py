@@ -121,7 +121,8 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
       f"{variant_name(variant)}: no model has finite scores; quantize it again with other options."
     )
   found = every_attack(audit, plain, own, shadow_members, is_full=base is None)
-  common = variant._asdict() | accuracy_fields(audit, own, plain if base else None)
+  common = variant._asdict() | accuracy_fields(audit, own, members, plain if base else None)
+  common["scores"] = score_fields(audit, own, plain, members, shadow_members)
   candidates = {who: rows[main] for who, rows in found.items() if who != "releases"}
   serves, chosen = best_attacker(candidates, members, shadow_members, options.fprs)
   found["best"] = best_of(found, chosen, main)
@@ -130,10 +131,12 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
     for name, rows in attacks.items():
       number = list(options.attacks).index(name)
       key = jax.random.fold_in(audit.key("bootstrap"), number)  # the same for all variants
-      every = name == main and attacker in ("full_precision", "matched")
-      for group, examples in audited_groups(members, own, every=every).items():
-        sampled = sample(options, key, rows.targets, examples)
-        samples[attacker, name, group] = sampled
+      every = name == main and attacker in records.COMPARED
+      groups = audited_groups(members, own, every=every)
+      for group, examples in groups.items():
+        samples[attacker, name, group] = sample(options, key, rows.targets, examples)
+      for group, examples in groups.items():
+        sampled = samples[attacker, name, group]
         known = rows.known if group == "all" else None
         summary = summarise(
           options,
@@ -145,6 +148,11 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
           sampled=sampled,
         )
         summary |= comparisons(samples, base, attacker, name, group, kept["target"], options)
+        if group == "calibration members" and "other members" in groups:
+          others = samples[attacker, name, "other members"]
+          summary["minus_other_members"] = leakage.compare(
+            sampled, others, confidence=options.confidence
+          )
         if group == "all" and name == main:
           summary["epsilon"] = bound_on_epsilon(options, rows.targets, examples.members)
         if attacker == "best":
@@ -271,21 +279,42 @@ def comparisons(samples, base, attacker, name, group, kept, options) -> dict:
   return fields
 
 
-def accuracy_fields(audit: Audit, own: dict, plain: dict | None) -> dict:
-  """Accuracy and size of a variant; with `plain` also the paired change from full precision."""
-  level, size = audit.config.attack.confidence, len(audit.dataset.test_labels)
-  accuracy = own["target_accuracy"]
-  fields = {
-    "bits_per_weight": own["bits_per_weight"].mean(),
-    "size_kb": own["size_kb"].mean(),
-    "test_accuracy": intervals.of_accuracy(accuracy, num_examples=size, confidence=level)._asdict(),
+def accuracy_fields(audit: Audit, own: dict, members: np.ndarray, plain: dict | None) -> dict:
+  """Size of a variant, and its accuracy on test images and on the targets' own members.
+
+  With `plain` also the paired changes from full precision. Accuracy on members is left out where
+  an earlier version, which did not count it, made the scores.
+  """
+  level = audit.config.attack.confidence
+  fields = {"bits_per_weight": own["bits_per_weight"].mean(), "size_kb": own["size_kb"].mean()}
+  counts = {
+    "accuracy": len(audit.dataset.test_labels),
+    "member_accuracy": int(members.sum(axis=1).min()),
   }
-  if plain is not None:
-    change = intervals.of_accuracy_difference(
-      accuracy, plain["target_accuracy"], num_examples=size, confidence=level
-    )
-    fields["accuracy_minus_full_precision"] = change and change._asdict()
+  for name, size in counts.items():
+    options = {"num_examples": size, "confidence": level}
+    accuracy, before = own[f"target_{name}"], plain and plain[f"target_{name}"]
+    if accuracy is not None:
+      field = "test_accuracy" if name == "accuracy" else name
+      fields[field] = intervals.of_accuracy(accuracy, **options)._asdict()
+    if accuracy is not None and before is not None:
+      change = intervals.of_accuracy_difference(accuracy, before, **options)
+      fields[f"{name}_minus_full_precision"] = change and change._asdict()
   return fields
+
+
+def score_fields(audit: Audit, own: dict, plain: dict, members, shadow_members) -> dict:
+  """Moments of the scores of a variant's targets, and of both kinds of shadows.
+
+  Where every model is target once, matched shadows are the targets and not named again.
+  """
+  found = {
+    "targets": (own["target_scores"], members),
+    "full_precision_shadows": (plain["shadow_scores"], shadow_members),
+  }
+  if "targets" in audit.members and own["shadow_scores"] is not plain["shadow_scores"]:
+    found["matched_shadows"] = own["shadow_scores"], shadow_members
+  return {name: leakage.score_moments(*pair) for name, pair in found.items()}
 
 
 def bound_on_epsilon(options, scores, members) -> dict:
@@ -473,6 +502,7 @@ def scores_of(audit: Audit, variant: Variant) -> dict[str, np.ndarray]:
     "target_scores": targets["scores"],
     "shadow_accuracy": shadows["accuracy"],
     "target_accuracy": targets["accuracy"],
+    "target_member_accuracy": targets.get("member_accuracy"),
     "bits_per_weight": targets["bits_per_weight"],
     "size_kb": targets["size_kb"],
     "calibration": targets.get("calibration"),
@@ -514,6 +544,7 @@ def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
   sentences["leakage"] = nothing_found(found)
   sentences |= {f"models, {i + 1}": sentence for i, sentence in enumerate(omitted)}
   leaks = records.select(found, "leakage")
+  sentences["member accuracy"] = uncounted(leaks)
   fewest = min(record["num_non_members"] for record in leaks)
   sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
   for method in dict.fromkeys(record["method"] for record in records.select(found, "unit")):
@@ -561,6 +592,18 @@ def useless(labels, leaks: list[dict]) -> dict[str, str]:
     f"naming always the most frequent class ({chance:.1%}), for example {names}: that these leak "
     "little is no protection one can use."
   }
+
+
+def uncounted(leaks: list[dict]) -> str | None:
+  """A sentence if the accuracy on members is not known of some variants."""
+  variants = list(dict.fromkeys(map(records.variant, leaks)))
+  lacking = {records.variant(record) for record in leaks if "member_accuracy" not in record}
+  if not lacking:
+    return None
+  return (
+    f"accuracy on members is not known of {len(lacking)} of {len(variants)} variants, whose scores "
+    "an earlier version made; delete their folders in scores/ to have them computed anew."
+  )
 
 
 def nothing_found(found: list[dict]) -> str | None:
@@ -670,7 +713,19 @@ def attack_files(
   else:
     found = protocol.leave_one_out(own["scores"], own["members"], **options)
   key = jax.random.key(config.seed)
-  accuracy = attacked.get("accuracy")
+  accuracy, level = attacked.get("accuracy"), config.attack.confidence
+  fit = attacked.get("member_accuracy")
+  shift = {"targets": leakage.score_moments(attacked["scores"], attacked["members"])}
+  if targets is not None:
+    shift["given_shadows"] = leakage.score_moments(own["scores"], own["members"])
+  common = {
+    "scores": shift,
+    "test_accuracy": records.number(None)
+    if accuracy is None
+    else intervals.over_targets(accuracy, confidence=level)._asdict(),
+  }
+  if fit is not None:
+    common["member_accuracy"] = intervals.over_targets(fit, confidence=level)._asdict()
   leaks = [
     records.make(
       "leakage",
@@ -679,13 +734,12 @@ def attack_files(
       attack=name,
       bits_per_weight=None,
       size_kb=None,
-      test_accuracy=records.number(None) if accuracy is None else intervals.over_targets(
-        accuracy, confidence=config.attack.confidence)._asdict(),
+      **common,
       epsilon=bound_on_epsilon(config.attack, rows, attacked["members"]),
       **summarise(config.attack, jax.random.fold_in(key, number), rows, attacked["members"]),
     )
     for number, (name, rows) in enumerate(found.items())
-  ]  # fmt: skip
+  ]
   files = {"name": ", ".join(names), "fingerprint": fingerprint}
   run_ = records.run(
     name=pathlib.Path(names[0]).stem,
@@ -742,8 +796,9 @@ def _require_same_scores(path: pathlib.Path, fingerprint: str) -> None:
 def read_scores(source: str | Mapping[str, np.ndarray]) -> dict:
   """`scores` [N, E, V], `members` and what else an .npz file says about itself, checked.
 
-  Further arrays are optional: `labels` int[E]; `accuracy` float[N], on test data; and what the
-  models are, `method` (a name), `levels` and `last_layer_levels` (numbers).
+  Further arrays are optional: `labels` int[E]; `accuracy` float[N] on test data, `member_accuracy`
+  float[N] on what each model trained on; and what the models are, `method` (a name), `levels` and
+  `last_layer_levels` (numbers).
 
   Returns:
     The arrays, and "variant" made of the last three.
@@ -776,13 +831,11 @@ def read_scores(source: str | Mapping[str, np.ndarray]) -> dict:
   found = {"scores": scores, "members": members, "variant": _said_variant(path, arrays)}
   if "labels" in arrays:
     found["labels"] = _said_labels(path, arrays["labels"], scores.shape[1])
-  if "accuracy" in arrays:
-    found["accuracy"] = np.asarray(arrays["accuracy"], np.float64)
-    if (
-      found["accuracy"].shape != (len(scores),)
-      or not ((found["accuracy"] >= 0) & (found["accuracy"] <= 1)).all()
-    ):
-      raise ValueError(f"{path}: accuracy must be one number in [0, 1] for each of the models.")
+  for name in ("accuracy", "member_accuracy"):
+    if name in arrays:
+      found[name] = rates = np.asarray(arrays[name], np.float64)
+      if rates.shape != (len(scores),) or not ((rates >= 0) & (rates <= 1)).all():
+        raise ValueError(f"{path}: {name} must be one number in [0, 1] for each of the models.")
   return found
 
 

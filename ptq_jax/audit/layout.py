@@ -5,7 +5,8 @@
     membership.npz      shadows bool[M, E] and targets bool[T, E]: who trained on what
     models/             (or --models) work.json and membership.npz, see `work`; CHUNK/trained and
                         CHUNK/training have Orbax checkpoints of a chunk's models, stacked
-    scores/VARIANT/     CHUNK.npz: scores float32[m, E, V], test accuracy[m], size of those models
+    scores/VARIANT/     CHUNK.npz: scores float32[m, E, V], accuracy on test images and on the own
+                        members [m], size of those models
     quantized/VARIANT/  CHUNK.npz: their integer codes, grids and full-precision rest
     results.jsonl ...   what `attacking` and `reporting` make of the scores; manifest.json has the
                         SHA-256 of each of these files
@@ -34,6 +35,7 @@ from ptq_jax.attack import confidence
 from ptq_jax.audit import events, work
 from ptq_jax.audit.work import Chunk, Work
 from ptq_jax.data import augment, batches, load
+from ptq_jax.metrics import leakage
 from ptq_jax.models import call, conv, predict, units
 from ptq_jax.quantize import METHODS, pack, plan
 from ptq_jax.report.records import Variant
@@ -243,7 +245,7 @@ class Audit:
 
   @functools.cached_property
   def _predictors(self):
-    """Attack scores on the fixed views of the pool, and correctness on the test images."""
+    """Scores and correctness on the fixed views of the pool, and correctness on test images."""
     mean, std = jnp.asarray(self.dataset.mean), jnp.asarray(self.dataset.std)
     queries, key = self.config.queries, self.key("queries")
     augmentation = augment.make(tuple(queries.augmentation))
@@ -258,8 +260,12 @@ class Audit:
       del positions
       return augment.normalise(images[None], mean, std)
 
+    def score_and_correct(logits, labels):
+      pair = confidence.logit_scaled(logits, labels), predict.is_correct(logits, labels)
+      return jnp.stack(pair, axis=-1)
+
     return (
-      predict.Predictor(self.model, prepare=views, reduce=confidence.logit_scaled),
+      predict.Predictor(self.model, prepare=views, reduce=score_and_correct),
       predict.Predictor(self.model, prepare=plain, reduce=predict.is_correct),
     )
 
@@ -296,12 +302,15 @@ class Audit:
       )
     )
     sound = np.ones(len(chunk), bool) if sound is None else sound
-    for (variant, one), scores, correct in zip(packed.items(), of_pool, of_test, strict=True):
+    members = self.members[chunk.group][chunk.first : chunk.last][sound]
+    for (variant, one), pool, correct in zip(packed.items(), of_pool, of_test, strict=True):
+      scores, fitted = pool[..., 0], leakage.member_accuracy(pool[..., 1] > 0, members)
       size, codes = pack.size(one), self.quantized_path(variant, chunk)
       storage.save_arrays(
         self.scores_path(variant, chunk),
         scores=spread(scores.astype(np.float32), sound),
         accuracy=spread(correct.mean(axis=(1, 2)), sound),
+        member_accuracy=spread(fitted, sound),
         bits_per_weight=np.full(len(chunk), size.bits_per_weight),
         size_kb=np.full(len(chunk), size.total / sound.sum() / 1000),
         stamp=self.stamp(variant),
@@ -334,8 +343,10 @@ class Audit:
           stage = "train_shadows" if variant == FULL_PRECISION else "quantize"
           raise FileNotFoundError(f"{path} is missing; run bash launch/run {stage} first.")
         parts.append(storage.load_arrays(path))
-    names = [
-      name for name, array in parts[0].items() if len(np.shape(array)) and "unit_" not in name
+    names = [  # an earlier version wrote fewer
+      name
+      for name, array in parts[0].items()
+      if len(np.shape(array)) and "unit_" not in name and all(name in part for part in parts)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 

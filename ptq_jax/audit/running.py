@@ -44,7 +44,11 @@ class Result:
     return self.workdir / "index.html"
 
   def frame(self) -> "pandas.DataFrame":
-    """One row per variant, attacker, attack and metric: value, low and high."""
+    """One row per variant, attacker, attack and metric: value, low and high.
+
+    "scores KIND SIDE mean" and "... sd" have no interval: where the scores of targets and shadows
+    lie.
+    """
     import pandas  # a second of every command, which few need
 
     return pandas.DataFrame(
@@ -78,6 +82,9 @@ def _numbers(record):
       yield name, value
     elif name == "tpr":
       yield from ((f"tpr at {n['fpr']:g} fpr", n) for n in value if n["rule"] == "at_most")
+    elif name == "scores":
+      for key, moment in settings.dotted(value).items():
+        yield " ".join([name, *key.split(".")]), records.number(moment)
 
 
 def run(

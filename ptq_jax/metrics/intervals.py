@@ -398,6 +398,40 @@ def of_difference(
   return _difference(change.mean(), *two_way(change, draws), confidence, name)
 
 
+def of_ratio(
+  values: Float[ArrayLike, "T"],
+  resamples: Float[ArrayLike, "R T"],
+  reference: Float[ArrayLike, "T"],
+  reference_resamples: Float[ArrayLike, "R T"],
+  *,
+  confidence: float = 0.95,
+) -> Interval | None:
+  """The mean of a metric divided by that of another attack on the same targets and examples.
+
+  Paired as `of_difference`. To first order the logarithm of the ratio varies as the mean over
+  targets of value / mean - reference / its mean does, whose variance `two_way` gives; the interval
+  is symmetric in the logarithm. A ratio of 0 has no upper bound (NaN).
+
+  Args:
+    values, resamples, reference, reference_resamples, confidence: as `of_difference`.
+  Returns:
+    None if the reference found nothing.
+  """
+  means = [float(np.mean(part)) for part in (values, reference)]
+  if means[1] == 0:
+    return None
+  name = "paired, over examples" if len(values) == 1 else f"paired, {OVER_BOTH}"
+  if means[0] == 0:
+    return Interval(0.0, 0.0, math.nan, _named(name, confidence))
+  shares, draws = (
+    np.asarray(one, np.float64) / means[0] - np.asarray(other, np.float64) / means[1]
+    for one, other in ((values, reference), (resamples, reference_resamples))
+  )
+  factor = math.exp(min(_half(*two_way(shares, draws), confidence), 700.0))
+  ratio = means[0] / means[1]
+  return Interval(ratio, ratio / factor, ratio * factor, _named(name, confidence))
+
+
 def of_accuracy(
   values: Float[ArrayLike, "T"], *, num_examples: int | None, confidence: float = 0.95
 ) -> Interval:

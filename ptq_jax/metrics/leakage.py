@@ -84,19 +84,65 @@ def compare(one: Sample, reference: Sample, *, confidence: float = 0.95) -> dict
     one, reference: of the same operating points, drawn with the same key.
     confidence: of the intervals.
   Returns:
-    {"auc": D, "balanced_accuracy": D, "tpr": [{"fpr", "rule", **D}]}, where D is {"value", "low",
-    "high", "interval", "p"}, p the two-sided p-value of no difference.
+    {"auc": D, "balanced_accuracy": D, "tpr": [{"fpr", "rule", **D}], "tpr_ratio": [{"fpr", "rule",
+    **N}]}, where D is {"value", "low", "high", "interval", "p"}, p the two-sided p-value of no
+    difference; the ratio, one divided by the reference, is left out where the reference found
+    nothing.
   """
 
-  def number(name, i=...):
+  def number(name, i=..., of=intervals.of_difference):
     parts = [getattr(x, name) for sample in (one, reference) for x in (sample.values, sample.draws)]
     parts = [part[..., i] if name == "tpr" else part for part in parts]
-    return intervals.of_difference(*parts, confidence=confidence)._asdict()
+    found = of(*parts, confidence=confidence)
+    return found and found._asdict()
 
+  ratios = [number("tpr", i, intervals.of_ratio) for i in range(len(one.levels))]
   return {
     "auc": number("auc"),
     "balanced_accuracy": number("balanced_accuracy"),
     "tpr": [level._asdict() | number("tpr", i) for i, level in enumerate(one.levels)],
+    "tpr_ratio": [
+      level._asdict() | ratio for level, ratio in zip(one.levels, ratios, strict=True) if ratio
+    ],
+  }
+
+
+def member_accuracy(
+  correct: Bool[ArrayLike, "M E V"], members: Shaped[ArrayLike, "M E"]
+) -> Float[np.ndarray, "M"]:
+  """How well each model fits those it trained on: the share of their queries that it gets right.
+
+  Args:
+    correct: bool[M, E, V], whether the class that a model names for a query is the example's. A
+      score above 0 says that the class has more than half of the probability, which is less often.
+    members: bool[M, E], who trained on what.
+  Returns:
+    float64[M] in [0, 1]; NaN for a model without members.
+  """
+  inside = np.asarray(as_members(members))
+  hits = (np.asarray(correct).mean(axis=2) * inside).sum(axis=1)
+  with np.errstate(invalid="ignore"):
+    return hits / inside.sum(axis=1)
+
+
+def score_moments(
+  scores: Float[ArrayLike, "N E V"], members: Shaped[ArrayLike, "N E"]
+) -> dict[str, dict[str, float]]:
+  """Where scores lie and how far they spread, for members and for non-members of N models.
+
+  Quantizing shifts and narrows the scores of a target; beside those of the shadows it shows how far
+  an attacker is off who takes them as they are.
+
+  Args:
+    scores: float[N, E, V], as the attacks read them.
+    members: bool[N, E].
+  Returns:
+    {"members": {"mean", "sd"}, "non_members": {"mean", "sd"}} over models, examples and views.
+  """
+  scores, inside = np.asarray(scores, np.float64), np.asarray(as_members(members))
+  return {
+    name: {"mean": float(scores[side].mean()), "sd": float(scores[side].std())}
+    for name, side in (("members", inside), ("non_members", ~inside))
   }
 
 

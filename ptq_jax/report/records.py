@@ -34,6 +34,9 @@ ATTACKERS = {
 """Who attacks. The best is one of those before it, chosen by the attacker for each target among
 models whose membership it knows; verdicts count with it."""
 
+COMPARED = ("full_precision", "rescaled", "matched", "best")
+"""Attackers that comparisons show side by side, and whose finds among calibration members count."""
+
 SIDES = ("full_precision", "matched")
 """The two that differ only in whether the shadows are quantized like the target."""
 
@@ -54,6 +57,7 @@ REQUIRED = {
 
 _MAPPINGS = {"run": ("config", "versions", "seconds", "data", "model")}
 _NUMBERS = {"leakage": ("test_accuracy", "auc", "balanced_accuracy"), "exposure": ("jaccard",)}
+_OPTIONAL = {"leakage": ("member_accuracy",)}
 _RATES = {"tpr": ("fpr",), "precision": ("prior", "fpr")}
 _PACKAGES = ("ptq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 
@@ -198,8 +202,9 @@ def validate(record: Record) -> None:
   for name in _MAPPINGS.get(kind, ()):
     if not isinstance(record[name], Mapping):
       raise ValueError(f"{name!r} of a {kind} record is {record[name]!r}; it must be a mapping.")
-  for name in _NUMBERS.get(kind, ()):
-    _validate_number(kind, name, record[name])
+  for name in (*_NUMBERS.get(kind, ()), *_OPTIONAL.get(kind, ())):
+    if name in record:
+      _validate_number(kind, name, record[name])
   for name, keys in _RATES.items():
     if kind == "leakage":
       _validate_rates(name, record.get(name, ()), keys)
@@ -422,9 +427,19 @@ def change(record: Record | None, fpr: float, rule: str = "at_most") -> Differen
   return _difference(tpr_at((record or {}).get("minus_full_precision"), fpr, rule))
 
 
-def accuracy_change(record: Record | None) -> Difference | None:
-  """Test accuracy less that at full precision, paired; None if it was not recorded."""
-  return _difference((record or {}).get("accuracy_minus_full_precision"))
+def accuracy_change(record: Record | None, whose: str = "") -> Difference | None:
+  """Test accuracy less that at full precision, paired; None if it was not recorded.
+
+  Args:
+    record: of leakage.
+    whose: "member_" for the accuracy on members.
+  """
+  return _difference((record or {}).get(f"{whose}accuracy_minus_full_precision"))
+
+
+def calibration_gap(record: Record | None, fpr: float, rule: str = "at_most") -> Difference | None:
+  """TPR at an FPR of the members that calibrated the quantizer less that of the others, paired."""
+  return _difference(tpr_at((record or {}).get("minus_other_members"), fpr, rule))
 
 
 def underestimate(row: Row, fpr: float, rule: str = "at_most") -> Difference | None:

@@ -654,7 +654,8 @@ def _flat(record: Record) -> dict[str, Any]:
   }
   for name in ("bits_per_weight", "size_kb", "num_targets", "num_members", "num_non_members"):
     flat[name] = record[name]
-  for name in ("test_accuracy", "accuracy_minus_full_precision", "auc", "balanced_accuracy",
+  for name in ("test_accuracy", "accuracy_minus_full_precision", "member_accuracy",
+               "member_accuracy_minus_full_precision", "scores", "auc", "balanced_accuracy",
                "epsilon"):  # fmt: skip
     flat |= _flat_entry(name, record.get(name) or {})
   for entry in record["tpr"]:
@@ -663,10 +664,10 @@ def _flat(record: Record) -> dict[str, Any]:
   for entry in record.get("precision", ()):
     name = f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}"
     flat |= _flat_entry(name, entry, known=("fpr", "prior"))
-  for part in ("minus_full_precision", "minus_full_precision_shadows"):
+  for part in ("minus_full_precision", "minus_full_precision_shadows", "minus_other_members"):
     for name, entries in (record.get(part) or {}).items():
-      for entry in entries if name == "tpr" else [entries]:
-        at = f"_at_{entry['fpr']:g}_{entry['rule']}" if name == "tpr" else ""
+      for entry in entries if isinstance(entries, list) else [entries]:
+        at = f"_at_{entry['fpr']:g}_{entry['rule']}" if "fpr" in entry else ""
         flat |= _flat_entry(f"{name}{at}_{part}", entry, known=("fpr", "rule"))
   return {name: "" if value is None else value for name, value in flat.items()}
 

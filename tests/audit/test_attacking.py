@@ -1,6 +1,7 @@
 """What attacking one variant records, and attacks on saved scores: everybody's files, no audit."""
 
 import json
+import types
 
 import ml_dtypes
 import numpy as np
@@ -27,11 +28,14 @@ class Audit(layout.Audit):
   """Scores from memory instead of a workdir."""
 
   members = None  # set below
+  more = types.MappingProxyType({})  # arrays of a variant
 
   def load_scores(self, variant, group):
     scores = self.scores[variant, group]
     rows = np.ones(len(scores))
-    return {"scores": scores, "accuracy": 0.9 * rows, "bits_per_weight": rows, "size_kb": rows}
+    fit = (1.0 if variant == layout.FULL_PRECISION else 0.8) - 0.01 * np.arange(len(scores))
+    return {"scores": scores, "accuracy": 0.9 * rows, "bits_per_weight": rows, "size_kb": rows,
+            "member_accuracy": fit} | self.more.get(variant, {})  # fmt: skip
 
 
 def audit(scores, members, root):
@@ -101,6 +105,20 @@ def test_every_attacker_is_a_row_with_paired_differences(leave_one_out):
     assert row["epsilon"]["epsilon"] >= 0
   assert set(by_attacker(quantized, "loss_threshold")) == {"full_precision", "matched"}
   assert rows["rescaled"]["auc"]["value"] > rows["full_precision"]["auc"]["value"] + 0.05
+  for row in rows.values():
+    assert row["member_accuracy"]["value"] == pytest.approx(0.8 - 0.035)
+    assert row["member_accuracy_minus_full_precision"]["value"] == pytest.approx(-0.2)
+    assert row["scores"]["full_precision_shadows"] == in_full["best"]["scores"]["targets"]
+    assert set(row["scores"]) == {"targets", "full_precision_shadows"}  # matched are the targets
+    targets, shadows = row["scores"]["targets"], row["scores"]["full_precision_shadows"]
+    for side, gap in (("members", 2.0), ("non_members", 0.0)):
+      assert shadows[side]["mean"] == pytest.approx(gap, abs=0.3)
+      assert targets[side]["mean"] == pytest.approx(0.5 * shadows[side]["mean"] - 3, abs=0.05)
+      assert targets[side]["sd"] < 0.6 * shadows[side]["sd"]
+  assert "member_accuracy_minus_full_precision" not in in_full["best"]
+  ratio = records.tpr_at({"tpr": rows["best"]["minus_full_precision"]["tpr_ratio"]}, 0.1)
+  rates = [records.tpr_at(found["best"], 0.1)["value"] for found in (rows, in_full)]
+  assert ratio["value"] == pytest.approx(rates[0] / rates[1])
   assert [entry["class"] for entry in rows["best"]["classes"]] != []
   assert sum(rows["best"]["chosen"].values()) == M
 
@@ -147,6 +165,47 @@ def test_dedicated_targets_are_attacked_by_the_shadows_best_attacker(leave_one_o
   assert rows["best"]["num_targets"] == 2
   assert list(rows["best"]["chosen"].values()) == [2]
   assert rows["best"]["tpr"][0]["transferred"] is not None
+  moments = rows["best"]["scores"]
+  assert set(moments) == {"targets", "full_precision_shadows", "matched_shadows"}
+  assert moments["matched_shadows"] != moments["targets"]
+  own = leave_one_out.scores[OBC, "shadows"][members]
+  assert moments["matched_shadows"]["members"]["mean"] == pytest.approx(own.mean())
+
+
+def test_members_that_calibrated_are_compared_with_the_others(leave_one_out):
+  """Every third member calibrates; the scores of these alone are raised."""
+  members = leave_one_out.members["shadows"]
+  chosen = np.stack([np.flatnonzero(row)[::3] for row in members])
+  raised = leave_one_out.scores[OBC, "shadows"].copy()
+  np.put_along_axis(raised[..., 0], chosen, 2.0 + np.take_along_axis(raised[..., 0], chosen, 1), 1)
+  leave_one_out.scores[OBC, "shadows"] = raised
+  leave_one_out.more = {OBC: {"calibration": chosen}}
+  _, quantized = attack(leave_one_out)
+  for who in records.COMPARED:
+    rows = {
+      record["members"]: record
+      for record in quantized.records
+      if record["attacker"] == who and record["attack"] == "lira_online_pooled"
+    }
+    assert set(rows) == {
+      "all", "calibration members", "other members", "calibration among members"}  # fmt: skip
+    gap = records.calibration_gap(rows["calibration members"], 0.1)
+    rates = [records.tpr_at(rows[f"{part} members"], 0.1) for part in ("calibration", "other")]
+    assert gap.value == pytest.approx(rates[0]["value"] - rates[1]["value"])
+    assert gap.sure
+    assert gap.value > 0.1
+  assert not any(record["attacker"] == "combined" and record.get("members", "all") != "all"
+                 for record in quantized.records)  # fmt: skip
+
+
+def test_scores_of_an_earlier_version_say_nothing_of_their_members(leave_one_out):
+  leave_one_out.more = {OBC: {"member_accuracy": None}}
+  base, quantized = attack(leave_one_out)
+  assert "member_accuracy" in by_attacker(base)["best"]
+  row = by_attacker(quantized)["best"]
+  assert not {"member_accuracy", "member_accuracy_minus_full_precision"} & set(row)
+  assert "not known of 1 of 2 variants" in attacking.uncounted([*base.records, *quantized.records])
+  assert attacking.uncounted(base.records) is None
 
 
 def test_a_model_that_quantizing_broke_is_left_out_of_its_variant_only(leave_one_out):
@@ -203,6 +262,7 @@ def test_saved_scores_that_know_nothing_show_nothing(tmp_path):
     assert record["auc"]["low"] <= 0.5 <= record["auc"]["high"]
     assert record["attacker"] == "given"
     assert (record["method"], record["levels"]) == ("scores", None)
+    assert "member_accuracy" not in record
   warning = [record for record in found if record["kind"] == "warning"]
   assert any(record["about"] == "false-positive rates" for record in warning)
   text = reporting.summary(reporting.report(tmp_path), tmp_path)
@@ -221,11 +281,14 @@ def test_saved_scores_say_what_they_are(tmp_path):
   members = rng.permuted(members, axis=0)
   scores = rng.normal(size=(16, 2000))
   path = save(tmp_path / "a.npz", scores=scores, members=members,
-              method=np.array("brecq"), levels=np.array(4), accuracy=np.full(16, 0.8))  # fmt: skip
+              method=np.array("brecq"), levels=np.array(4), accuracy=np.full(16, 0.8),
+              member_accuracy=np.full(16, 0.95))  # fmt: skip
   found = attack_saved(tmp_path, path)
   [first, *_] = records.select(found, "leakage")
   assert (first["method"], first["levels"], first["last_layer_levels"]) == ("brecq", 4, 4)
   assert first["test_accuracy"]["value"] == pytest.approx(0.8)
+  assert first["member_accuracy"]["value"] == pytest.approx(0.95)
+  assert first["scores"]["targets"]["members"]["mean"] == pytest.approx(scores[members].mean())
   reporting.report(tmp_path)
   assert (
     f"each model trained on {members.mean():.0%} of them" in (tmp_path / "index.html").read_text()

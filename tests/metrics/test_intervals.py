@@ -235,6 +235,31 @@ def test_a_difference_may_be_negative_and_of_one_target():
   assert found.interval == "paired, over examples, 95 %"
 
 
+def test_paired_intervals_of_a_ratio_cover_it():
+  """Targets and examples vary both rates alike: the ratio .4 is surer than either rate."""
+  rng, held, widths = np.random.default_rng(7), 0, []
+  for _ in range(300):
+    shared = rng.normal(size=(8, 1)) * 0.1, rng.normal(size=400) * 0.1
+    noise = rng.normal(size=(2, 8, 1)) * 0.03
+    rates = [
+      0.3 * base * np.exp(shared[0] + own) for base, own in zip((0.4, 1), noise, strict=True)
+    ]
+    draws = [(rate.T * np.exp(shared[1][:, None])) for rate in rates]
+    one, other = ((rate[:, 0], draw) for rate, draw in zip(rates, draws, strict=True))
+    found = intervals.of_ratio(*one, *other)
+    held += found.low <= 0.4 <= found.high
+    widths.append(found.high / found.low)
+  assert held >= 279  # 93 %
+  assert np.mean(widths) < 1.1
+  assert intervals.of_ratio(*one, *one)[:3] == (1.0, 1.0, 1.0)
+  nothing = np.zeros(8), np.zeros((400, 8))
+  assert intervals.of_ratio(*one, *nothing) is None
+  assert intervals.of_ratio(*nothing, *one)[:2] == (0.0, 0.0)
+  assert np.isnan(intervals.of_ratio(*nothing, *one).high)
+  single = [part[..., :1] for part in (*one, *other)]
+  assert intervals.of_ratio(*single).interval == "paired, over examples, 95 %"
+
+
 def test_accuracy_of_one_target_rests_on_its_test_set():
   """Row 6: 95 % and 10 % of 1000 test images: binomial intervals, a difference of -85 points."""
   full, quantized = np.array([0.95]), np.array([0.10])

@@ -88,6 +88,40 @@ def test_a_comparison_is_of_the_same_examples_and_targets(audit, record):
   assert leakage.summarise(key, scores, members, sampled=one) == record
 
 
+def test_ratios_at_every_level_are_those_of_the_rates(audit, record):
+  scores, members = audit
+  key, options = jax.random.key(0), {"num_resamples": 50, "fprs": (0.1, 0.01)}
+  weak = leakage.sample(key, scores + 2 * np.random.default_rng(3).normal(size=scores.shape),
+                        members, **options)  # fmt: skip
+  plain = leakage.sample(key, scores, members, **options)
+  ratios = leakage.compare(weak, plain)["tpr_ratio"]
+  assert [(r["fpr"], r["rule"]) for r in ratios] == [tuple(level) for level in plain.levels]
+  for i, ratio in enumerate(ratios):
+    expected = weak.values.tpr[:, i].mean() / plain.values.tpr[:, i].mean()
+    assert ratio["value"] == pytest.approx(expected)
+    assert 0 < ratio["low"] < ratio["value"] < ratio["high"]
+  nothing = plain._replace(values=plain.values._replace(tpr=0 * plain.values.tpr))
+  assert leakage.compare(weak, nothing)["tpr_ratio"] == []
+
+
+def test_member_accuracy_and_moments_against_loops():
+  rng = np.random.default_rng(4)
+  members = rng.random((3, 20)) < [[0.5], [0.2], [0.9]]
+  correct, scores = rng.random((3, 20, 2)) < 0.7, rng.normal(size=(3, 20, 2))
+  found, moments = leakage.member_accuracy(correct, members), leakage.score_moments(scores, members)
+  for side, wanted in (("members", True), ("non_members", False)):
+    values = [scores[m, e, v] for m in range(3) for e in range(20) for v in range(2)
+              if members[m, e] == wanted]  # fmt: skip
+    mean = sum(values) / len(values)
+    assert moments[side]["mean"] == pytest.approx(mean)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    assert moments[side]["sd"] == pytest.approx(variance**0.5)
+  for m in range(3):
+    own = [correct[m, e, v] for e in range(20) for v in range(2) if members[m, e]]
+    assert found[m] == pytest.approx(sum(own) / len(own))
+  assert np.isnan(leakage.member_accuracy(correct[:1], np.zeros((1, 20), bool))).all()
+
+
 @pytest.mark.parametrize("rule", ["at_most", "below"])
 def test_thresholds_are_set_on_other_models(audit, rule):
   scores, members = np.round(audit[0], 1), audit[1]
