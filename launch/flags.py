@@ -41,6 +41,7 @@ def launch(
   description: str,
   options: Mapping[str, str] | None = None,
   switches: Mapping[str, str] | None = None,
+  several: Mapping[str, str] | None = None,
 ) -> None:
   """A launcher's `main`: parses the flags, calls `run(config, workdir, **options)`, sets the code.
 
@@ -52,18 +53,22 @@ def launch(
     description: what `--help` says first.
     options: help texts of further flags by name; their values are strings, or None.
     switches: likewise of flags that are true or false.
+    several: likewise of at most one flag that takes all words that belong to no flag: a list.
   """
-  options, switches = options or {}, switches or {}
+  options, switches, several = options or {}, switches or {}, several or {}
   for name, text in FLAGS.items():
     flags.DEFINE_string(name, workdir if name == "workdir" else None, text)
   for name, text in options.items():
     flags.DEFINE_string(name, None, text)
   for name, text in switches.items():
     flags.DEFINE_bool(name, False, text)
+  for name, text in several.items():
+    flags.DEFINE_multi_string(name, None, text)
+    flags.FLAGS.set_gnu_getopt()  # flags may follow the words
   debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
   values = _define_config(settings.shipped(_base(sys.argv, config)))
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-    print(_help(description, flags.FLAGS["config"].value, (*options, *switches)))
+    print(_help(description, flags.FLAGS["config"].value, (*options, *switches, *several)))
     sys.exit(0)
 
   def main(arguments: Sequence[str]) -> None:
@@ -74,9 +79,13 @@ def launch(
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # absl's default also shows JAX's notes to itself
     try:
+      chosen = {n: flags.FLAGS[n].value for n in ("models", *options, *switches, *several)}
+      for name in several:
+        if chosen[name]:
+          chosen[name] += arguments[1:]
+          arguments = arguments[:1]
       if len(arguments) > 1:
         raise ValueError(f"{arguments[1]!r} is not a flag; flags start with --, see --help.")
-      chosen = {n: flags.FLAGS[n].value for n in ("models", *options, *switches)}
       shard = work.parse_shard(flags.FLAGS.shard)
       gpus = work.own_gpus()
       if gpus is not None:

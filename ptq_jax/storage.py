@@ -192,19 +192,22 @@ def digest(path: Path | str) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_writable(directory: Path | str) -> Path:
+def require_writable(directory: Path | str, *, flag: str = "--workdir") -> Path:
   """Makes the directory if need be.
 
+  Args:
+    directory: where something is to be written.
+    flag: what errors call it.
   Raises:
     ValueError: for no name at all, or a URL.
     PermissionError, NotADirectoryError, OSError: one sentence, when nothing can be written there.
   """
   if not str(directory).strip():
-    raise ValueError("--workdir is empty; name the folder that everything is written to.")
+    raise ValueError(f"{flag} is empty; name the folder that everything is written to.")
   scheme = str(directory).partition(":/")
   if scheme[1] and len(scheme[0]) > 1 and scheme[0].isalnum():
     raise ValueError(
-      f"--workdir {directory} is a URL; give a folder, such as one where that bucket is mounted."
+      f"{flag} {directory} is a URL; give a folder, such as one where that bucket is mounted."
     )
   directory = Path(directory)
   try:
@@ -214,7 +217,7 @@ def require_writable(directory: Path | str) -> Path:
   except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
     reason = getattr(error, "strerror", None) or error
     kind = PermissionError if isinstance(error, PermissionError) else NotADirectoryError
-    raise kind(f"--workdir {directory} cannot be written ({reason}); choose another.") from error
+    raise kind(f"{flag} {directory} cannot be written ({reason}); choose another.") from error
   return directory
 
 

@@ -2,7 +2,17 @@
 
 from ptq_jax.audit.events import Event
 from ptq_jax.audit.loading import Network, load_quantized
-from ptq_jax.audit.running import Result, run, run_scores
+from ptq_jax.audit.running import Comparison, Result, compare, run, run_scores
 from ptq_jax.audit.stopping import Stopped
 
-__all__ = ["Event", "Network", "Result", "Stopped", "load_quantized", "run", "run_scores"]
+__all__ = [
+  "Comparison",
+  "Event",
+  "Network",
+  "Result",
+  "Stopped",
+  "compare",
+  "load_quantized",
+  "run",
+  "run_scores",
+]

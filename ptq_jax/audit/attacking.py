@@ -122,7 +122,14 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
     )
   found = every_attack(audit, plain, own, shadow_members, is_full=base is None)
   common = variant._asdict() | accuracy_fields(audit, own, members, plain if base else None)
-  common["scores"] = score_fields(audit, own, plain, members, shadow_members)
+  common["scores"] = {
+    "targets": leakage.score_moments(own["target_scores"], members),
+    "full_precision_shadows": leakage.score_moments(plain["shadow_scores"], shadow_members),
+  }
+  if base is not None and "targets" in audit.members:  # else they are the targets
+    common["scores"]["matched_shadows"] = leakage.score_moments(
+      own["shadow_scores"], shadow_members
+    )
   candidates = {who: rows[main] for who, rows in found.items() if who != "releases"}
   serves, chosen = best_attacker(candidates, members, shadow_members, options.fprs)
   found["best"] = best_of(found, chosen, main)
@@ -301,20 +308,6 @@ def accuracy_fields(audit: Audit, own: dict, members: np.ndarray, plain: dict | 
       change = intervals.of_accuracy_difference(accuracy, before, **options)
       fields[f"{name}_minus_full_precision"] = change and change._asdict()
   return fields
-
-
-def score_fields(audit: Audit, own: dict, plain: dict, members, shadow_members) -> dict:
-  """Moments of the scores of a variant's targets, and of both kinds of shadows.
-
-  Where every model is target once, matched shadows are the targets and not named again.
-  """
-  found = {
-    "targets": (own["target_scores"], members),
-    "full_precision_shadows": (plain["shadow_scores"], shadow_members),
-  }
-  if "targets" in audit.members and own["shadow_scores"] is not plain["shadow_scores"]:
-    found["matched_shadows"] = own["shadow_scores"], shadow_members
-  return {name: leakage.score_moments(*pair) for name, pair in found.items()}
 
 
 def bound_on_epsilon(options, scores, members) -> dict:

@@ -6,14 +6,14 @@ ones written, to exposed.npz, figures/ and the page.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_jax import settings, storage
 from ptq_jax.audit import events
 from ptq_jax.audit.layout import Manifest
 from ptq_jax.data import load
-from ptq_jax.report import figures, findings, page, records, tables
+from ptq_jax.report import comparison, figures, findings, page, records, tables
 
 IMAGES = ("exposed.npz", "figures/exposed_examples.png", "figures/exposed_examples.svg")
 """Files that hold training images."""
@@ -64,6 +64,83 @@ def report(
         (workdir / name).unlink(missing_ok=True)
     manifest.record("report", source, written)
   return found
+
+
+def compare(
+  folders: Sequence[pathlib.Path | str],
+  *,
+  out: pathlib.Path | str,
+  listener: events.Listener = events.silent,
+) -> dict[str, list[dict]]:
+  """Puts the results of several audits side by side: index.html, table.md, results.csv, figures/.
+
+  Args:
+    folders: each with a results.jsonl, from which alone all is made; studies are called like them.
+    out: where it is written; files of an earlier comparison there that this one has not are
+      deleted.
+    listener: told what is done.
+  Returns:
+    The records of each study by its name.
+  Raises:
+    FileNotFoundError: for a folder without results.
+    ValueError: for results that are damaged, of another version, or not comparable, for two folders
+      of one name, and for an `out` that holds an audit; one sentence.
+  """
+  studies: dict[str, list[dict]] = {}
+  places: dict[str, pathlib.Path] = {}
+  for folder in map(pathlib.Path, folders):
+    name = folder.resolve().name
+    if name in studies:
+      raise ValueError(
+        f"two studies are called {name} ({places[name]} and {folder}); rename one of the folders."
+      )
+    studies[name], places[name] = _read_results(folder), folder
+  comparison.require_comparable(studies)
+  out = storage.require_writable(out, flag="--out")
+  if (out / "results.jsonl").exists() or (out / "config.json").exists():
+    raise ValueError(f"{out} holds an audit; a comparison needs another --out.")
+  drawn = comparison.draw(studies)
+  with events.Stage(listener, "compare", 1 + len(drawn)) as stage:
+    written = [out / name for name in ("table.md", "results.csv", "index.html")]
+    made = map(tables.to_markdown, (comparison.results(studies), comparison.settings(studies)))
+    texts = ["\n".join(made), tables.to_csv(studies), comparison.render(studies, drawn)]
+    for path, text in zip(written, texts, strict=True):
+      storage.write_text(path, text)
+    stage.advance(1, "page")
+    written += _write_figures(out, drawn, stage)
+  manifest = Manifest(out)
+  for name in manifest.files("comparison"):
+    if out / name not in written:
+      (out / name).unlink(missing_ok=True)
+  source = settings.fingerprint([storage.digest(f / "results.jsonl") for f in places.values()])
+  manifest.record("comparison", source, written)
+  return studies
+
+
+def _read_results(folder: pathlib.Path) -> list[dict]:
+  """The records of a folder, checked."""
+  path = folder / "results.jsonl"
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{path} is missing; a comparison needs folders with results of audits."
+    )
+  Manifest(folder).require_same("attack", path)
+  found = storage.read_records(path)
+  try:
+    records.validate_all(found)
+  except ValueError as error:
+    reason = str(error).rstrip(".")
+    raise ValueError(
+      f"{path} was written by another version ({reason}); run bash launch/run attack on it again."
+    ) from None
+  return found
+
+
+def compared(studies: Mapping[str, list[dict]], out: pathlib.Path) -> str:
+  """What a comparison says on a terminal."""
+  found = comparison.summarize(studies)
+  lines = [tables.to_text(comparison.results(studies, narrow=True)), found.headline, *found.points]
+  return "\n".join([*lines, "", f"{out / 'index.html'} shows more."])
 
 
 def check(options: settings.Config | Mapping[str, Any]) -> None:
@@ -131,15 +208,24 @@ def write_report(
 
   with events.Stage(listener, "report", len(drawn) + 2) as stage:
     write("results.csv", tables.to_csv(found))
-    made = (tables.results, tables.attacks, tables.thresholds, tables.units, tables.warnings)
+    made = (tables.results, tables.attacks, tables.calibration, tables.score_shift,
+            tables.thresholds, tables.units, tables.warnings)  # fmt: skip
     write("results.md", "\n".join(tables.to_markdown(table(found)) for table in made))
     stage.advance(1, "tables")
     write("index.html", page.render(shown, drawn))
     stage.advance(1, "page")
-    for name, figure in drawn.items():
-      written.append(workdir / "figures" / f"{name}.png")
-      with storage.replacing(written[-1]) as temporary:
-        temporary.write_bytes(figures.to_png(figure))
-      write(f"figures/{name}.svg", figures.to_svg(figure))
-      stage.advance(1, name)
+    written += _write_figures(workdir, drawn, stage)
+  return written
+
+
+def _write_figures(folder: pathlib.Path, drawn: Mapping[str, Any], stage) -> list[pathlib.Path]:
+  """Writes figures/NAME.png and .svg."""
+  written = []
+  for name, figure in drawn.items():
+    png, svg = (folder / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))
+    with storage.replacing(png) as temporary:
+      temporary.write_bytes(figures.to_png(figure))
+    storage.write_text(svg, figures.to_svg(figure))
+    written += [png, svg]
+    stage.advance(1, name)
   return written

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -73,6 +73,49 @@ class Result:
 
   def _repr_html_(self) -> str:
     return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Studies side by side, and where they lie."""
+
+  studies: dict[str, list[dict]]
+  """Records by the name of the study."""
+  out: pathlib.Path
+
+  @property
+  def page(self) -> pathlib.Path:
+    """The page for a browser."""
+    return self.out / "index.html"
+
+  def frame(self) -> "pandas.DataFrame":
+    """Every study's `Result.frame`, with a first column `study`."""
+    import pandas
+
+    frames = {name: Result(found, self.out).frame() for name, found in self.studies.items()}
+    return pandas.concat(frames, names=["study"]).reset_index("study").reset_index(drop=True)
+
+  def __str__(self) -> str:
+    return reporting.compared(self.studies, self.out)
+
+
+def compare(
+  folders: Sequence[pathlib.Path | str],
+  *,
+  out: pathlib.Path | str,
+  progress: events.Listener = events.silent,
+) -> Comparison:
+  """Puts the results of several audits side by side, without their models or scores.
+
+  Args:
+    folders: at least two, each with a results.jsonl; studies are called like their folders.
+    out: where index.html, table.md, results.csv and figures/ are written.
+    progress: told what is done.
+  Raises:
+    ValueError, OSError: one sentence, as `reporting.compare`.
+  """
+  studies = reporting.compare(folders, out=out, listener=progress)
+  return Comparison(studies, pathlib.Path(out))
 
 
 def _numbers(record):

@@ -435,14 +435,16 @@ def of_ratio(
 def of_accuracy(
   values: Float[ArrayLike, "T"], *, num_examples: int | None, confidence: float = 0.95
 ) -> Interval:
-  """Mean test accuracy of targets: Student's t over them; of one, the binomial of the test set.
+  """Mean accuracy of targets: Student's t over them; of one, the binomial of its examples.
+
+  So, too, where all targets have the same, such as 1 on their members: that leaves room for less.
 
   Args:
     values: float[T], in [0, 1].
-    num_examples: size of the test set, the same for all; None if unknown.
+    num_examples: that one target classifies, the same for all; None if unknown.
   """
   values = np.asarray(values, np.float64)
-  if len(values) > 1 or not num_examples:
+  if not num_examples or np.ptp(values) > 0:
     return over_targets(values, confidence=confidence)
   found = binomial(round(float(values[0]) * num_examples), num_examples, confidence=confidence)
   return found._replace(value=float(values[0]))

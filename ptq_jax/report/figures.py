@@ -10,7 +10,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -39,6 +39,9 @@ _METHOD_COLORS = {
 _MORE_COLORS = ("#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
 _LEVEL_COLORS = ("#5b4fcf", "#b8459b", "#e8743b", "#e0a526")  # many bits to few
 _MARKERS = {256: "P", 16: "o", 8: "h", 4: "s", 3: "^", 2: "v"}
+STUDY_MARKS = "os^DvPXhp*<>d8H"
+"""So many studies can be told apart in one figure."""
+
 _DASHED = (0, (4, 2))
 _STYLE = {
   "font.size": 9.5,
@@ -81,7 +84,7 @@ def draw(
     attack: which attack; default `records.main_attack(records)`.
     fpr: at which false-positive rate; default `records.solid_fpr(records)`.
   Returns:
-    Some of "roc", "privacy_utility", "last_layer", "releases", "exposure_overlap".
+    Some of "privacy_utility", "roc", "member_fit", "last_layer", "releases", "exposure_overlap".
   """
   rows = records_lib.side_by_side(records, attack=attack)
   fpr = records_lib.solid_fpr(records, attack=attack) if fpr is None else fpr
@@ -90,6 +93,8 @@ def draw(
     found["privacy_utility"] = privacy_utility(records, attack=attack, fpr=fpr)
   if any(_curve(record) for row in rows for record in row.shown):
     found["roc"] = roc(records, attack=attack)
+  if fpr is not None and records_lib.fits(records, fpr, attack=attack):
+    found["member_fit"] = member_fit({"": records}, attack=attack, fpr=fpr)
   if fpr is not None and records_lib.sweeps(rows):
     found["last_layer"] = last_layer(records, attack=attack, fpr=fpr)
   if fpr is not None and records_lib.select(
@@ -186,6 +191,67 @@ def privacy_utility(
       handles.append(_ghost_handle())
     handles.append(_line(MUTED, "chance", linestyle=":", linewidth=1))
     _legend(figure, handles, note=_notes(_weak_note(rows, fpr), _broken_note(broken)))
+  return figure
+
+
+def member_fit(
+  studies: Mapping[str, Sequence[Record]], *, fpr: float, attack: str | None = None
+) -> Figure:
+  """Leakage left of full precision's against the fall of the accuracy on members.
+
+  A panel per attacker, a point per variant with paired intervals; colours are methods, marks are
+  studies, or bit widths if there is one study only. Falls are spaced evenly up to one point and by
+  their logarithm beyond.
+
+  Args:
+    studies: records by name.
+    fpr: at which TPRs are compared.
+    attack: which attack; default each study's main one.
+  Raises:
+    ValueError: if no variant has both recorded, or there are more studies than marks.
+  """
+  if len(studies) > len(STUDY_MARKS):
+    raise ValueError(f"{len(studies)} studies are too many for one figure; {len(STUDY_MARKS)} fit.")
+  found = {name: records_lib.fits(some, fpr, attack=attack) for name, some in studies.items()}
+  attackers = [who for who in records_lib.COMPARED if any(who in fits for fits in found.values())]
+  if not attackers:
+    raise ValueError("no variant has its accuracy on members recorded; there is nothing to draw.")
+  variants = {v for fits in found.values() for some in fits.values() for v in some}
+  variants = sorted(variants, key=records_lib.order)
+  methods = list(dict.fromkeys(variant.method for variant in variants))
+  marks = dict(zip(studies, STUDY_MARKS, strict=False))
+  hidden = 0
+  with matplotlib.rc_context(_STYLE):
+    figure, panels = _panels(len(attackers), columns=3, size=3.2, height=3.6, share=True)
+    for axes, who in zip(panels, attackers, strict=True):
+      axes.axhline(1, color=MUTED, linewidth=1, linestyle=":")
+      for study, fits in found.items():
+        for variant, fit in fits.get(who, {}).items():
+          if not fit.left["value"]:
+            hidden += 1
+            continue
+          lost = _percent(fit.lost._asdict())
+          axes.errorbar(
+            lost["value"], fit.left["value"], xerr=_bars(lost), yerr=_bars(fit.left),
+            color=_method_color(variant.method, methods),
+            marker=marks[study] if len(studies) > 1 else _marker(variant.levels),
+            markersize=5.5, elinewidth=0.8, alpha=0.85,
+          )  # fmt: skip
+      axes.set_title(records_lib.COMPARED[who].capitalize())
+      axes.set_xscale("symlog", linthresh=1, linscale=0.6)
+      axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+      axes.set_xlabel("member accuracy lost, points")
+    _scale_left(panels)
+    panels[0].set_ylabel(f"TPR at {percent_words(fpr)} FPR,\ndivided by full precision's")
+    handles = _method_handles(methods)
+    if len(studies) > 1:
+      handles += [_mark(mark, _literal(study)) for study, mark in marks.items()]
+    else:
+      levels = sorted({v.levels for v in variants}, key=lambda n: -(n or math.inf))
+      handles += [_mark(_marker(n), f"{records_lib.bits(n)} bit") for n in levels]
+    handles.append(_line(MUTED, "as in full precision", linestyle=":", linewidth=1))
+    note = f"not drawn: {hidden} points where no member is found" if hidden else ""
+    _legend(figure, handles, note=note)
   return figure
 
 
@@ -579,6 +645,29 @@ def _scale_rate(panels: Sequence[Axes], fpr: float) -> None:
       axes.yaxis.set_minor_formatter(NullFormatter())
     else:
       axes.set_ylim(bottom=0)
+
+
+# ---- parts of leakage against lost member fit ----
+
+
+def _scale_left(panels: Sequence[Axes]) -> None:
+  """Logarithmic; intervals that reach far beyond the points are cut."""
+  values = [y for axes in panels for line in axes.get_lines() for y in np.atleast_1d(
+    line.get_ydata()) if line.get_marker() not in ("None", "_", "|", "")]  # fmt: skip
+  panels[0].set_yscale("log")
+  panels[0].set_ylim(min([*values, 1]) / 1.6, 1.6 * max([*values, 1]))
+  low, high = panels[0].get_ylim()
+  for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+    ticks = [s * 10.0**n for n in range(-6, 4) for s in steps if low <= s * 10.0**n <= high]
+    if len(ticks) > 3:
+      break
+  panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+  panels[0].minorticks_off()
+  left, right = panels[0].get_xlim()
+  panels[0].set_xlim(left := min(left, -0.5), right := max(right, 1.0))
+  ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]
+  for axes in panels:
+    axes.set_xticks([tick for tick in ticks if left <= tick <= right])
 
 
 # ---- parts of the sweep ----

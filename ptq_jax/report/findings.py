@@ -40,23 +40,25 @@ def summarize(
   attack = records_lib.main_attack(records) if attack is None else attack
   fpr = records_lib.solid_fpr(records, attack=attack) if fpr is None else fpr
   rows = records_lib.side_by_side(records, attack=attack)
-  audited = _audited(records, attack)
+  audited = audited_by(records, attack)
   if fpr is None or not rows:
     return Findings("No leakage was measured.", audited, [])
   full = next((row for row in rows if row.variant.method == "none"), None)
   quantized = [row for row in rows if row.variant.method != "none"]
   chosen = most_useful(quantized, fpr)
-  if full and chosen and _is_chance(full, fpr) and _falls(chosen, fpr):
+  if full and chosen and is_chance(full, fpr) and _falls(chosen, fpr):
     chosen = None  # below nothing there is no less
   points = [
     *_baseline_point(full, fpr),
     *_protection_point(quantized, fpr),
     *_underestimate_point(quantized, fpr),
     *_unmatched_point(quantized),
+    *_calibration_point(records, attack, fpr),
     *_releases_point(records, attack, fpr),
     *_epsilon_point(full),
     *_targets_point(full),
     *_accuracy_point(full, quantized),
+    *_fit_point(full, quantized),
     *_weak_point(rows, fpr),
   ]
   headline = _headline(full, quantized, chosen, fpr)
@@ -102,7 +104,7 @@ def _headline(full: Row | None, quantized: Sequence[Row], chosen: Row | None, fp
     verb = "lowers" if _falls(chosen, fpr) else "raises"
     name = records_lib.describe(chosen.variant)
     return f"{name} {verb} leakage from {rates}{_cost(chosen)}{_others(quantized, chosen, fpr)}."
-  if _is_chance(full, fpr):
+  if is_chance(full, fpr):
     return _nothing(full, fpr)
   start = f"Full precision: {_percent(before, fpr)} {at}"
   rates = [_rate(row.counted, fpr) for row in quantized]
@@ -143,12 +145,12 @@ def _without_full_precision(rows: Sequence[Row], fpr: float, at: str) -> str:
     low, high = (_percent(rate, fpr) for rate in (min(rates), max(rates)))
     return f"{len(rates)} quantized variants: {low} to {high} {at}; full precision is missing."
   row = next(row for row in rows if _rate(row.counted, fpr) is not None)
-  if _is_chance(row, fpr):
+  if is_chance(row, fpr):
     return _nothing(row, fpr)
   return f"{records_lib.describe(row.variant)}: {_percent(rates[0], fpr)} {at}."
 
 
-def _is_chance(row: Row, fpr: float) -> bool:
+def is_chance(row: Row, fpr: float) -> bool:
   """Whether the interval of its TPR does not lie above what guessing finds."""
   number = records_lib.tpr_at(row.counted, fpr)
   low, _ = records_lib.bounds_of(number)
@@ -182,8 +184,8 @@ def _points(change: float) -> str:
   return next((t for d in (1, 2, 3) if float(t := f"{size:.{d}f}") > 0), f"{size:.1g}")
 
 
-def _audited(records: Sequence[Record], attack: str) -> str:
-  """What was audited, from the run record."""
+def audited_by(records: Sequence[Record], attack: str) -> str:
+  """What was audited and how, from the run record."""
   runs = records_lib.select(records, "run")
   if not runs:
     return f"Attack: {records_lib.attack_name(attack)}."
@@ -267,6 +269,52 @@ def _epsilon_point(full: Row | None) -> list[str]:
   return [
     f"Full precision cannot be ({bound['epsilon']:.2g}, {bound['delta']:g})-differentially private"
     f" ({bound['confidence']:.0%} confidence, examples taken for independent)."
+  ]
+
+
+def _calibration_point(records: Sequence[Record], attack: str, fpr: float) -> list[str]:
+  """Whether the members that calibrated the quantizer leak more than the others."""
+  found = records_lib.select(
+    records, "leakage", attack=attack, attacker="best", members="calibration members"
+  )
+  known = records_lib.surely(
+    {records_lib.variant(record): records_lib.calibration_gap(record, fpr) for record in found}
+  )
+  if not known:
+    return []
+  counts = {
+    word: sum(gap.sure and sign * gap.value > 0 for gap in known.values())
+    for word, sign in (("more", 1), ("less", -1))
+  }
+  words = " and ".join(f"{word} often in {count}" for word, count in counts.items() if count)
+  start = "The best attacker finds members that calibrated the quantizer"
+  if not words:
+    return [f"{start} neither more nor less often than other members in {len(known)} variants."]
+  which, gap = max(known.items(), key=lambda pair: abs(pair[1].value) * bool(pair[1].sure))
+  sign = "+" if gap.value > 0 else "-"
+  return [
+    f"{start} measurably {words} of {len(known)} variants than other members, the most for"
+    f" {records_lib.describe(which)}: {sign}{_points(gap.value)} points."
+  ]
+
+
+def _fit_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
+  """Which variants fit their own members measurably worse."""
+  before = None if full is None else records_lib.value_of(full.either.get("member_accuracy"))
+  known = records_lib.surely(
+    {row.variant: records_lib.accuracy_change(row.either, "member_") for row in quantized}
+  )
+  if before is None or not known:
+    return []
+  lost = {which: change.value for which, change in known.items() if change.sure and (
+    change.value < 0)}  # fmt: skip
+  start = f"Accuracy on members ({100 * before:.1f}% at full precision)"
+  if not lost:
+    return [f"{start} falls measurably in none of {len(known)} quantized variants."]
+  most = min(lost, key=lost.get)
+  return [
+    f"{start} falls measurably in {len(lost)} of {len(known)} quantized variants, most for"
+    f" {records_lib.describe(most)}: by {_points(lost[most])} points."
   ]
 
 

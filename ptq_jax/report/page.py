@@ -30,6 +30,12 @@ CAPTIONS = {
     " the left edge is where an accusation means something. On the diagonal it guesses. Lines are"
     " means over targets, bands reach from the least to the most exposed target.",
   ),
+  "member_fit": (
+    "Leakage against lost member fit",
+    "What each variant leaves of full precision's leakage, and how much worse it classifies its own"
+    " members: where members are still fitted, a fall that rescaling undoes is no protection. Both"
+    " intervals are paired.",
+  ),
   "last_layer": (
     "Precision of the last layer",
     "The last layer alone is stored with more or fewer bits; all other layers stay the same.",
@@ -82,6 +88,23 @@ GLOSSARY = (
     " with k allowed of n non-members it finds (k + 1) / (n + 1), so a rate below 1 / n is no rate"
     " that a threshold can promise. A few people exposed with certainty matter more than an"
     " average, so look at low rates.",
+  ),
+  (
+    "Member accuracy",
+    "The share of its own training examples that a model classifies right, asked as the attacker"
+    " asks (over all augmented queries of each). Quantizing that leaves it as it was leaves the"
+    " network fitted to its members, and what is fitted can leak.",
+  ),
+  (
+    "Scores of targets and shadows",
+    "How sure a model is of the right class. Quantizing shifts and narrows these scores; an"
+    " attacker who compares them with full-precision shadows as they are misses members until they"
+    " are shifted and scaled back.",
+  ),
+  (
+    "Calibration members",
+    "Training examples that the quantizer looked at to set its levels. The model may remember them"
+    " better than its other members, so their leakage is also told apart.",
   ),
   (
     "AUC",
@@ -172,22 +195,25 @@ def render(
   runs = records_lib.select(records, "run")
   name = str(runs[0]["name"]) if runs else "audit"
   body = [
-    _header(name, found),
+    header(f"Privacy audit of quantized classifiers · {name}", found.headline, found.audited),
     _tiles(records_lib.side_by_side(records, attack=attack), found.variant, fpr),
-    _points(found.points),
+    listed("Findings", found.points),
     _warnings(records),
     _results(records, attack),
-    _figures(figures),
+    drawn(figures),
     _exposed(records, shown="exposed_examples" in figures),
     _reading(),
-    _glossary(),
+    glossary(),
     _more(records, attack),
     _settings(runs),
   ]
-  title = f"{name}: privacy audit"
-  return _DOCUMENT.format(
-    title=escape(title), style=_STYLE, script=_SCRIPT, body="\n".join(part for part in body if part)
-  )
+  return document(f"{name}: privacy audit", body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+  """A whole document made of sections as HTML; empty ones are left out."""
+  body = "\n".join(part for part in body if part)
+  return _DOCUMENT.format(title=escape(title), style=_STYLE, script=_SCRIPT, body=body)
 
 
 def escape(text: Any) -> str:
@@ -198,10 +224,11 @@ def escape(text: Any) -> str:
 # ---- sections ----
 
 
-def _header(name: str, found: findings.Findings) -> str:
+def header(about: str, headline: str, lede: str) -> str:
+  """The top of a page."""
   return (
-    f'<header><p class="eyebrow">Privacy audit of quantized classifiers · {escape(name)}</p>'
-    f'<h1>{escape(found.headline)}</h1><p class="lede">{escape(found.audited)}</p></header>'
+    f'<header><p class="eyebrow">{escape(about)}</p><h1>{escape(headline)}</h1>'
+    f'<p class="lede">{escape(lede)}</p></header>'
   )
 
 
@@ -241,9 +268,10 @@ def _within(number: Record | None, decimals: int) -> str:
   return f' <span class="range">{words}%</span>' if words else ""
 
 
-def _points(points: Sequence[str]) -> str:
+def listed(heading: str, points: Sequence[str]) -> str:
+  """Sentences as a list."""
   items = "".join(f"<li>{escape(point)}</li>" for point in points)
-  return f'<section><h2>Findings</h2><ul class="points">{items}</ul></section>' if items else ""
+  return f'<section><h2>{heading}</h2><ul class="points">{items}</ul></section>' if items else ""
 
 
 def _warnings(records: Sequence[Record]) -> str:
@@ -255,17 +283,29 @@ def _warnings(records: Sequence[Record]) -> str:
   return f'<section class="warnings"><h2>{heading}</h2><ul>{items}</ul></section>'
 
 
+def section(table: Table) -> str:
+  """A table under its title; nothing if it has no rows."""
+  return (
+    f"<section><h2>{escape(table.title)}</h2>{table_html(table)}</section>" if table.rows else ""
+  )
+
+
 def _results(records: Sequence[Record], attack: str) -> str:
-  table = tables.results(records, attack=attack)
+  return main_table(tables.results(records, attack=attack), tables.to_csv(records))
+
+
+def main_table(table: Table, csv: str) -> str:
+  """A table with all numbers behind it as a file to download."""
   if not table.rows:
     return ""
-  data = base64.b64encode(tables.to_csv(records).encode()).decode()
+  data = base64.b64encode(csv.encode()).decode()
   link = f'<a download="results.csv" href="data:text/csv;base64,{data}">all numbers as CSV</a>'
   hint = '<p class="hint">Click a heading to sort. The table scrolls sideways.</p>'
   return f"<section><h2>{escape(table.title)}</h2>{hint}{table_html(table)}<p>{link}</p></section>"
 
 
-def _figures(figures: Mapping[str, Figure]) -> str:
+def drawn(figures: Mapping[str, Figure]) -> str:
+  """Figures with their captions."""
   parts = []
   for i, (name, figure) in enumerate(figures.items()):
     title, caption = CAPTIONS.get(name, (name.replace("_", " "), ""))
@@ -296,7 +336,8 @@ def _reading() -> str:
   return f'<section class="reading"><h2>What this means</h2>{parts}</section>'
 
 
-def _glossary() -> str:
+def glossary() -> str:
+  """Terms and their meaning."""
   items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in GLOSSARY)
   return f"<section><h2>How to read this</h2><dl>{items}</dl></section>"
 
@@ -305,6 +346,8 @@ def _more(records: Sequence[Record], attack: str) -> str:
   """Tables that few need, folded."""
   made = (
     tables.attacks(records),
+    tables.calibration(records, attack=attack),
+    tables.score_shift(records, attack=attack),
     tables.thresholds(records, attack=attack),
     tables.classes(records, attack=attack),
     tables.precision(records, attack=attack),

@@ -34,8 +34,13 @@ ATTACKERS = {
 """Who attacks. The best is one of those before it, chosen by the attacker for each target among
 models whose membership it knows; verdicts count with it."""
 
-COMPARED = ("full_precision", "rescaled", "matched", "best")
-"""Attackers that comparisons show side by side, and whose finds among calibration members count."""
+COMPARED = {
+  "full_precision": "scores as they are",
+  "rescaled": "scores rescaled",
+  "matched": "matched shadows",
+  "best": "best attacker",
+}
+"""Attackers that comparisons show side by side, and who are asked about calibration members."""
 
 SIDES = ("full_precision", "matched")
 """The two that differ only in whether the shadows are quantized like the target."""
@@ -427,6 +432,11 @@ def change(record: Record | None, fpr: float, rule: str = "at_most") -> Differen
   return _difference(tpr_at((record or {}).get("minus_full_precision"), fpr, rule))
 
 
+def auc_change(record: Record | None) -> Difference | None:
+  """AUC less that at full precision, paired; None if it was not recorded."""
+  return _difference(((record or {}).get("minus_full_precision") or {}).get("auc"))
+
+
 def accuracy_change(record: Record | None, whose: str = "") -> Difference | None:
   """Test accuracy less that at full precision, paired; None if it was not recorded.
 
@@ -440,6 +450,31 @@ def accuracy_change(record: Record | None, whose: str = "") -> Difference | None
 def calibration_gap(record: Record | None, fpr: float, rule: str = "at_most") -> Difference | None:
   """TPR at an FPR of the members that calibrated the quantizer less that of the others, paired."""
   return _difference(tpr_at((record or {}).get("minus_other_members"), fpr, rule))
+
+
+class Fit(NamedTuple):
+  """What a variant costs its members' fit and leaves of the leakage, against full precision."""
+
+  lost: Difference  # fall of the accuracy on members, a fraction; below 0 is a gain
+  left: Record  # number: its TPR divided by that of full precision, paired
+
+
+def fits(
+  records: Sequence[Record], fpr: float, *, attack: str | None = None, rule: str = "at_most"
+) -> dict[str, dict[Variant, Fit]]:
+  """By attacker, those of `COMPARED` but for matched shadows, and variant; if both are recorded."""
+  attack = main_attack(records) if attack is None else attack
+  found: dict[str, dict[Variant, Fit]] = {}
+  for who in ("full_precision", "rescaled", "best"):
+    for record in select(records, "leakage", attack=attack, attacker=who):
+      change = accuracy_change(record, "member_")
+      ratios = (record.get("minus_full_precision") or {}).get("tpr_ratio", ())
+      left = tpr_at({"tpr": ratios}, fpr, rule)
+      if change and left:
+        low, high = (None if end is None else -end for end in (change.high, change.low))
+        lost = change._replace(value=-change.value, low=low, high=high)
+        found.setdefault(who, {})[variant(record)] = Fit(lost, left)
+  return found
 
 
 def underestimate(row: Row, fpr: float, rule: str = "at_most") -> Difference | None:

@@ -78,7 +78,8 @@ def results(
     attack: which attack; default `records.main_attack`.
     fprs: false-positive rates whose TPR is shown.
     rule: the rule by which TPR is read off the ROC curve where several were recorded.
-    narrow: leaves matched shadows to `attacks` where a best attacker was chosen, for a terminal.
+    narrow: for a terminal: leaves out accuracy on members, and matched shadows where a best
+      attacker was chosen.
   """
   attack = records_lib.main_attack(records) if attack is None else attack
   rows = records_lib.side_by_side(records, attack=attack)
@@ -89,6 +90,8 @@ def results(
     Column("last\nlayer"),
     Column("test\naccuracy %"),
   ]
+  fitted = not narrow and any("member_accuracy" in row.either for row in rows)
+  columns += [Column("member\naccuracy %")] if fitted else []
   groups = [who for who in records_lib.Row._fields[1:] if any(getattr(row, who) for row in rows)]
   if narrow and "best" in groups:
     groups.remove("matched")
@@ -108,7 +111,7 @@ def results(
   cells = []
   for row in rows:
     own = changes.get(row.variant), gaps.get(row.variant)
-    cells.append(_result_row(row, groups, fprs, rule, own, headline))
+    cells.append(_result_row(row, fitted, groups, fprs, rule, own, headline))
   title = f"Accuracy and leakage to {records_lib.attack_name(attack)}"
   return Table(title, columns, cells, _result_notes(rows, cells, headline))
 
@@ -122,19 +125,19 @@ def attacks(records: Sequence[Record], *, rule: str = "at_most") -> Table:
   leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
   fprs, left_out = _resolved(leakage)
   in_parts = any(record.get("members", "all") != "all" for record in leakage)
-  columns = [*_variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
+  columns = [*variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
   columns += [Column("members", words=True)] if in_parts else []
   columns += [Column("AUC"), Column("balanced\naccuracy %")]
   columns += [Column(f"TPR % at\n{percent_words(fpr)} FPR") for fpr in fprs]
   rows = []
   for record in leakage:
-    row = [*_variant_cells(records_lib.variant(record)), _shadows(record)]
-    row.append(_words(records_lib.attack_name(record["attack"])))
-    row += [_words(record.get("members", "all"))] if in_parts else []
-    row += [_number(record["auc"], 1.0, 3), _number(record["balanced_accuracy"], 100.0, 1)]
-    row += [_rate(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
+    row = [*variant_cells(records_lib.variant(record)), _shadows(record)]
+    row.append(words_cell(records_lib.attack_name(record["attack"])))
+    row += [words_cell(record.get("members", "all"))] if in_parts else []
+    row += [number_cell(record["auc"], 1.0, 3), number_cell(record["balanced_accuracy"], 100.0, 1)]
+    row += [rate_cell(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
     rows.append(row)
-  notes = [*_interval_notes(leakage), *_mark_notes(rows), *_left_out_notes(left_out)]
+  notes = [*_interval_notes(leakage), *mark_notes(rows), *_left_out_notes(left_out)]
   return Table("All attacks", columns, rows, notes)
 
 
@@ -149,7 +152,7 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
   _, left_out = _resolved(leakage)
   found = {(e["fpr"], e["prior"]) for record in leakage for e in record["precision"]}
   keys = sorted((key for key in found if key[0] not in left_out), reverse=True)
-  columns = [*_variant_columns(), Column("shadows", words=True)]
+  columns = [*variant_columns(), Column("shadows", words=True)]
   columns += [
     Column(f"{percent_words(prior)}\nmembers", f"precision % at {percent_words(fpr)} FPR")
     for fpr, prior in keys
@@ -157,8 +160,8 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
   rows = []
   for record in leakage:
     entries = {(e["fpr"], e["prior"]): e for e in record["precision"]}
-    row = [*_variant_cells(records_lib.variant(record)), _shadows(record)]
-    rows.append([*row, *(_number(entries.get(key), 100.0, 1) for key in keys)])
+    row = [*variant_cells(records_lib.variant(record)), _shadows(record)]
+    rows.append([*row, *(number_cell(entries.get(key), 100.0, 1) for key in keys)])
   notes = [
     "Precision: of those the attack accuses, the share that are members, when the given share of"
     " everybody asked about are members. Non-members count with the rate at which new ones pass the"
@@ -180,19 +183,94 @@ def thresholds(records: Sequence[Record], *, attack: str | None = None) -> Table
     for t in (leakage[0]["tpr"] if leakage else ())
     if t.get("transferred") and t.get("rule", "at_most") == "at_most"
   ]
-  columns = [*_variant_columns(), Column("shadows", words=True)]
+  columns = [*variant_columns(), Column("shadows", words=True)]
   for fpr, _ in keys:
     group = f"aimed at {percent_words(fpr)} FPR"
     columns += [Column("TPR %", group), Column("FPR %", group)]
   rows = []
   for record in leakage if keys else ():
-    row = [*_variant_cells(records_lib.variant(record)), _shadows(record)]
+    row = [*variant_cells(records_lib.variant(record)), _shadows(record)]
     for fpr, rule in keys:
       found = (records_lib.tpr_at(record, fpr, rule) or {}).get("transferred") or {}
-      row += [_number(found.get(part), 100.0, rate_decimals(fpr) + 1) for part in ("tpr", "fpr")]
+      row += [
+        number_cell(found.get(part), 100.0, rate_decimals(fpr) + 1) for part in ("tpr", "fpr")
+      ]
     rows.append(row)
   notes = ["The threshold is set on non-members of models whose membership the attacker knows."]
   return Table("Thresholds an attacker can set", columns, rows, notes)
+
+
+SCORES_OF = {
+  "targets": "targets",
+  "full_precision_shadows": "full-precision shadows",
+  "matched_shadows": "matched shadows",
+  "given_shadows": "given shadows",
+}
+"""Whose scores a leakage record has the moments of."""
+
+
+def score_shift(records: Sequence[Record], *, attack: str | None = None) -> Table:
+  """Where the scores of members and non-members lie: those of targets beside those of shadows."""
+  rows = [r for r in records_lib.side_by_side(records, attack=attack) if r.either.get("scores")]
+  kinds = [kind for kind in SCORES_OF if any(kind in row.either["scores"] for row in rows)]
+  sides = ("members", "non_members")
+  columns = [*variant_columns()]
+  columns += [Column(s.replace("_", "-"), SCORES_OF[kind]) for kind in kinds for s in sides]
+  cells = []
+  for row in rows:
+    found = [row.either["scores"].get(kind, {}).get(side) for kind in kinds for side in sides]
+    cells.append([*variant_cells(row.variant), *map(_moments, found)])
+  notes = [
+    "Mean of the scores that the attacks read, and their standard deviation below it, over models,"
+    " examples and queries. An attacker who takes the target's scores as they are expects those of"
+    " its shadows; where every model is target once, matched shadows are the targets."
+  ]
+  return Table("Scores of targets beside those of shadows", columns, cells, notes)
+
+
+def calibration(
+  records: Sequence[Record],
+  *,
+  attack: str | None = None,
+  fprs: Sequence[float] = (0.01, 0.001),
+  rule: str = "at_most",
+) -> Table:
+  """Leakage of the members that calibrated the quantizer beside that of the other members."""
+  attack = records_lib.main_attack(records) if attack is None else attack
+  parts = {
+    part: {
+      (record["attacker"], records_lib.variant(record)): record
+      for record in records_lib.select(records, "leakage", attack=attack, members=part)
+    }
+    for part in ("calibration members", "other members", "calibration among members")
+  }
+  own, others, among = parts.values()
+  fprs = [f for f in fprs if any(records_lib.calibration_gap(r, f, rule) for r in own.values())]
+  columns = [*variant_columns(), Column("shadows", words=True), Column("AUC of\none by other")]
+  gaps = {}
+  for fpr in fprs:
+    group = f"TPR % at {percent_words(fpr)} FPR"
+    names = ("calibration\nmembers", "other\nmembers", "difference")
+    columns += [Column(name, group) for name in names]
+    for who in dict.fromkeys(who for who, _ in own):
+      found = {k: records_lib.calibration_gap(own[k], fpr, rule) for k in own if k[0] == who}
+      gaps |= {(fpr, key): gap for key, gap in records_lib.surely(found).items()}
+  rows = []
+  for key in sorted(own.keys() & others.keys(), key=lambda key: records_lib.order(key[1])):
+    row = [*variant_cells(key[1]), _shadows(own[key])]
+    row.append(number_cell(among[key]["auc"], 1.0, 3) if key in among else Cell(MISSING))
+    for fpr in fprs:
+      row += [rate_cell(one[key], records_lib.tpr_at(one[key], fpr, rule)) for one in (own, others)]
+      row.append(change_cell(gaps.get((fpr, key)), fpr))
+    rows.append(row)
+  notes = [
+    "Both against the same non-members. AUC: how well the attack tells members that calibrated from"
+    " those that did not; 0.5 is not at all. Difference in percentage points, paired over examples"
+    f" and targets; {OVERLAP} may be 0, by Holm's method at 5% over the variants of an attacker.",
+    *_interval_notes(list(own.values())),
+    *mark_notes(rows),
+  ]
+  return Table("Members that calibrated the quantizer", columns, rows if fprs else [], notes)
 
 
 def classes(records: Sequence[Record], *, attack: str | None = None) -> Table:
@@ -200,9 +278,9 @@ def classes(records: Sequence[Record], *, attack: str | None = None) -> Table:
   rows = []
   for row in records_lib.side_by_side(records, attack=attack):
     for entry in row.counted.get("classes") or ():
-      auc = _number(entry["auc"], 1.0, 3)
-      rows.append([*_variant_cells(row.variant), _words(entry["class"]), auc])
-  columns = [*_variant_columns(), Column("class", words=True), Column("AUC")]
+      auc = number_cell(entry["auc"], 1.0, 3)
+      rows.append([*variant_cells(row.variant), words_cell(entry["class"]), auc])
+  columns = [*variant_columns(), Column("class", words=True), Column("AUC")]
   notes = [
     "Three of many classes, so their AUC is too high by chance: where to look, not how much."
   ]
@@ -221,7 +299,7 @@ def exposed(records: Sequence[Record]) -> Table:
   rows = [
     [
       *(Cell(str(each[name]), sort=each[name]) for name in ("example", "source_example")),
-      _words(each["label"]),
+      words_cell(each["label"]),
       Cell(_fixed(each["exposure"], 1), sort=each["exposure"]),
     ]
     for each in most_exposed(records)
@@ -236,7 +314,7 @@ def exposed(records: Sequence[Record]) -> Table:
 def units(records: Sequence[Record]) -> Table:
   """Reconstruction error of every unit: nearest rounding against the method (mean over models)."""
   columns = [
-    *_variant_columns(),
+    *variant_columns(),
     Column("unit", words=True),
     Column("error\nnearest"),
     Column("error\nmethod"),
@@ -251,8 +329,8 @@ def units(records: Sequence[Record]) -> Table:
     kept = 100 * after / before if before and after is not None else None
     rows.append(
       [
-        *_variant_cells(records_lib.variant(record)),
-        _words(record["unit"]),
+        *variant_cells(records_lib.variant(record)),
+        words_cell(record["unit"]),
         _scientific(before),
         _scientific(after),
         Cell(_fixed(kept, 1), sort=kept),
@@ -268,7 +346,7 @@ def warnings(records: Sequence[Record]) -> Table:
   """What the audit warns about, in the order it was recorded."""
   found = records_lib.select(records, "warning")
   columns = [Column("about", words=True), Column("warning", words=True)]
-  rows = [[_words(record["about"]), _words(record["message"])] for record in found]
+  rows = [[words_cell(record["about"]), words_cell(record["message"])] for record in found]
   return Table("Warnings", columns, rows, [])
 
 
@@ -318,17 +396,21 @@ def to_markdown(table: Table) -> str:
   return "\n".join(lines) + "\n"
 
 
-def to_csv(records: Sequence[Record]) -> str:
+def to_csv(records: Sequence[Record] | Mapping[str, Sequence[Record]]) -> str:
   """Every number of the leakage records, exact: one line per (variant, attacker, attack).
+
+  Records of several studies by name have a first column "study".
 
   Columns are the fields of the record; a number takes four (itself, `_low`, `_high`, `_interval`).
   TPR columns are named by FPR and rule, precision columns by prior and FPR, parts of an entry by
   their path. Full precision is written "full", what is missing is empty. Rates are fractions in
   [0, 1]. The ROC curves are left out. Text that a spreadsheet would run is quoted: `csv_cell`.
   """
-  leakage = [record for record in records if record["kind"] == "leakage"]
-  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
-  rows = [_flat(record) for record in leakage]
+  rows = []
+  for study, some in (records if isinstance(records, Mapping) else {None: records}).items():
+    leakage = [record for record in some if record["kind"] == "leakage"]
+    leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+    rows += [({} if study is None else {"study": study}) | _flat(record) for record in leakage]
   out = io.StringIO()
   names = list(dict.fromkeys(name for row in rows for name in row))
   writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -370,31 +452,44 @@ def escape_markdown(text: str) -> str:
 
 
 def _result_row(
-  row: Row, groups: Sequence[str], fprs: Sequence[float], rule: str,
+  row: Row, fitted: bool, groups: Sequence[str], fprs: Sequence[float], rule: str,
   differences: Sequence[records_lib.Difference | None], headline: float | None,
 ) -> list[Cell]:  # fmt: skip
   base = row.either
-  cells = [*_variant_cells(row.variant), _number(base["test_accuracy"], 100.0, 1)]
+  cells = [*variant_cells(row.variant), number_cell(base["test_accuracy"], 100.0, 1)]
+  cells += [number_cell(base.get("member_accuracy"), 100.0, 1)] if fitted else []
   for attacker in groups:
     record = getattr(row, attacker)
     if record is None:
       same = attacker != "given" and row.variant.method == "none"
       cells += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
       continue
-    cells.append(_number(record["auc"], 1.0, 3))
-    cells += [_rate(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
-  cells += [_change(found, headline) for found in differences]
+    cells.append(number_cell(record["auc"], 1.0, 3))
+    cells += [rate_cell(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
+  cells += [change_cell(found, headline) for found in differences]
   return [*cells, _epsilon(row.counted), *_size_cells(base)]
 
 
-def _change(found: records_lib.Difference | None, fpr: float | None) -> Cell:
-  """A paired difference of TPR in percentage points with its interval, marked if it may be 0."""
+def change_cell(found: records_lib.Difference | None, fpr: float | None = 0.01) -> Cell:
+  """A paired difference in percentage points with its interval, marked if it may be 0.
+
+  Args:
+    found: a fraction.
+    fpr: of which TPR, for its digits.
+  """
   if found is None or fpr is None:
     return Cell(MISSING)
   decimals = rate_decimals(fpr)
   number = {"low": found.low, "high": found.high}
   text, below = f"{100 * found.value:+z.{decimals}f}", interval_words(number, 100.0, decimals)
   return Cell(text, below, sort=found.value, mark="" if found.sure else OVERLAP)
+
+
+def _moments(found: Record | None) -> Cell:
+  """A mean with the standard deviation below it."""
+  if found is None:
+    return Cell(MISSING)
+  return Cell(_fixed(found["mean"], 2), f"sd {_fixed(found['sd'], 2)}", sort=found["mean"])
 
 
 def _epsilon(record: Record) -> Cell:
@@ -408,23 +503,25 @@ def _size_cells(record: Record) -> list[Cell]:
   return [Cell(_fixed(size, decimals), sort=size)]
 
 
-def _variant_columns() -> list[Column]:
+def variant_columns() -> list[Column]:
+  """Columns of `variant_cells`."""
   return [Column("method", words=True), Column("bits"), Column("last\nlayer")]
 
 
-def _variant_cells(which: records_lib.Variant) -> list[Cell]:
+def variant_cells(which: records_lib.Variant) -> list[Cell]:
+  """Method, bits, bits of the last layer."""
   last = "full" if which.method == "none" else records_lib.bits(which.last_layer_levels)
   if which.method == "scores" and which.levels is None:
-    return [_words(records_lib.method_name(which.method)), Cell(MISSING), Cell(MISSING)]
+    return [words_cell(records_lib.method_name(which.method)), Cell(MISSING), Cell(MISSING)]
   return [
-    _words(records_lib.method_name(which.method)),
+    words_cell(records_lib.method_name(which.method)),
     Cell(records_lib.bits(which.levels), sort=which.levels),
     Cell(last, sort=which.last_layer_levels),
   ]
 
 
 def _shadows(record: Record) -> Cell:
-  return _words(records_lib.ATTACKERS[record["attacker"]])
+  return words_cell(records_lib.ATTACKERS[record["attacker"]])
 
 
 def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[float]]:
@@ -442,11 +539,13 @@ def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[float]]:
   return (resolved, [fpr for fpr in fprs if fpr not in resolved]) if resolved else (fprs, [])
 
 
-def _words(text: Any) -> Cell:
+def words_cell(text: Any) -> Cell:
+  """Text, sorted regardless of case."""
   return Cell(str(text), sort=str(text).lower())
 
 
-def _number(number: Record | None, scale: float, decimals: int) -> Cell:
+def number_cell(number: Record | None, scale: float, decimals: int) -> Cell:
+  """A number with its interval."""
   value = records_lib.value_of(number)
   if value is None:
     return Cell(MISSING)
@@ -456,10 +555,11 @@ def _number(number: Record | None, scale: float, decimals: int) -> Cell:
   return Cell(text, below, sort=value, span=span)
 
 
-def _rate(record: Record, tpr: Record | None) -> Cell:
+def rate_cell(record: Record, tpr: Record | None) -> Cell:
+  """A TPR of a record in per cent with its interval, marked if it is weak."""
   if tpr is None or records_lib.value_of(tpr) is None:
     return Cell(MISSING)
-  cell = _number(tpr, 100.0, rate_decimals(tpr["fpr"]))
+  cell = number_cell(tpr, 100.0, rate_decimals(tpr["fpr"]))
   return cell._replace(mark=MARKS.get(records_lib.weakness(record, tpr), ""))
 
 
@@ -506,17 +606,18 @@ def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | Non
       f" {bounds[0]['delta']:g} and {bounds[0]['confidence']:.0%} confidence; threshold set on half"
       " of the examples, judged on the others, which are taken for independent."
     )
-  return notes + _mark_notes(cells)
+  return notes + mark_notes(cells)
 
 
 def _interval_notes(leakage: Sequence[Record], *, accuracy: bool = False) -> list[str]:
-  """What the intervals cover; that of test accuracy apart if it is shown and differs."""
+  """What the intervals cover; those of accuracy apart if they are shown and differ."""
   rates = [r[name] for r in leakage for name in ("auc", "balanced_accuracy")]
   rates += [tpr for record in leakage for tpr in record["tpr"]]
   words = _interval_names(rates)
-  of_accuracy = _interval_names([r["test_accuracy"] for r in leakage]) if accuracy else ""
+  numbers = [r[name] for r in leakage for name in ("test_accuracy", "member_accuracy") if name in r]
+  of_accuracy = _interval_names(numbers) if accuracy else ""
   if of_accuracy and of_accuracy != words:
-    words = "; ".join(filter(None, (words, f"test accuracy: {of_accuracy}")))
+    words = "; ".join(filter(None, (words, f"accuracy: {of_accuracy}")))
   return [f"Intervals: {words}."] if words else []
 
 
@@ -533,7 +634,8 @@ def _left_out_notes(left_out: Sequence[float]) -> list[str]:
   ]
 
 
-def _mark_notes(cells: list[list[Cell]]) -> list[str]:
+def mark_notes(cells: list[list[Cell]]) -> list[str]:
+  """What the marks of weak rates mean."""
   words = {
     MARKS["false_positives"]: f"rests on fewer than {records_lib.FEW_FALSE_POSITIVES} false"
     " positives in some target",

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from launch import report as report_launcher
 from ptq_jax import audit, settings, storage
 from ptq_jax.attack import guards
 from ptq_jax.audit import attacking, preflight, reporting
@@ -144,3 +145,59 @@ def test_nothing_to_find_is_a_warning():
   assert attacking.nothing_found([leak(low=0.55)]) is None
   assert attacking.nothing_found([leak(rate=0.02)]) is None
   assert attacking.nothing_found([]) is None
+
+
+# ---- comparisons ----
+
+OBC, ADA = ("obc", 3), ("adaround", 3)
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """Two folders with nothing but results."""
+  for name, change in (("a", -0.08), ("b", 0.0)):
+    storage.write_records(tmp_path / name / "results.jsonl", example.study({OBC: change, ADA: 0.0}))
+  return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_results_alone_are_compared(folders, tmp_path):
+  heard = Heard()
+  found = audit.compare(folders, out=tmp_path / "out", progress=heard)
+  names = {str(path.relative_to(found.out)) for path in found.out.rglob("*") if path.is_file()}
+  assert names == {"index.html", "table.md", "results.csv", "manifest.json",
+                   "figures/member_fit.png", "figures/member_fit.svg"}  # fmt: skip
+  assert "OBC at 1.58 bit in some only" in found.page.read_text()
+  assert "OBC at 1.58 bit in some only" in str(found)
+  frame = found.frame()
+  assert set(frame.study) == {"a", "b"}
+  assert {"member_accuracy", "tpr at 0.01 fpr"} <= set(frame.metric)
+  assert [*folders[0].iterdir()] == [folders[0] / "results.jsonl"]
+  bare = [
+    {k: v for k, v in record.items() if not k.startswith("member_accuracy_minus")}
+    for record in found.studies["b"]
+  ]
+  for folder in folders:
+    storage.write_records(folder / "results.jsonl", bare)
+  report_launcher.run(None, None, shard=None, compare=list(map(str, folders)), out=found.out)
+  assert list((found.out / "figures").glob("*")) == []
+
+
+def test_what_cannot_be_compared_is_one_sentence(folders, tmp_path):
+  def refused(sentence, *some, out="out", kind=ValueError):
+    with pytest.raises(kind, match=sentence):
+      audit.compare(some, out=tmp_path / out)
+    assert not (tmp_path / "out").exists()
+
+  refused("needs 2 to 15 studies, not 1", folders[0])
+  refused("two studies are called a", folders[0], folders[0])
+  refused(f"{tmp_path}/c/results.jsonl is missing", folders[0], tmp_path / "c",
+          kind=FileNotFoundError)  # fmt: skip
+  refused("a holds an audit; a comparison needs another --out", *folders, out="a")
+  lines = (folders[1] / "results.jsonl").read_text()
+  (folders[1] / "results.jsonl").write_text(lines.replace('"num_targets"', '"targets_number"'))
+  refused("b/results.jsonl was written by another version .record 2: a leakage record has no "
+          "'num_targets'", *folders)  # fmt: skip
+  (folders[1] / "results.jsonl").write_text(lines[:-20])
+  refused("line 12 is not JSON", *folders)
+  with pytest.raises(ValueError, match="--out needs --compare"):
+    report_launcher.run(None, tmp_path, shard=None, out="x")

@@ -276,6 +276,13 @@ def test_accuracy_of_one_target_rests_on_its_test_set():
   assert intervals.of_accuracy_difference(full, full, num_examples=None) is None
 
 
+def test_accuracy_that_all_targets_share_is_not_certain():
+  found = intervals.of_accuracy(np.ones(8), num_examples=200)
+  assert found.value == found.high == 1
+  assert found.low == pytest.approx(0.025 ** (1 / 200))
+  assert found.interval.startswith("exact binomial")
+
+
 def test_accuracy_of_targets_is_compared_pairwise():
   full = np.array([0.90, 0.80, 0.85, 0.95])
   change = intervals.of_accuracy_difference(full - 0.01, full, num_examples=500)

@@ -77,6 +77,43 @@ def leakage(
   return records.make("leakage", **(contents | fields))
 
 
+def study(changes, *, fit=(), members=0.99, ratios=(), **fields):
+  """A run, full precision, and each variant as four attackers see it.
+
+  Args:
+    changes: TPR at 1 % FPR less that of full precision (.1), by variant, for every attacker.
+    fit: accuracy on members less that of full precision, by variant; 0 if not given.
+    members: accuracy on members in full precision.
+    ratios: by attacker and variant, what is left of the TPR instead of what the change says.
+    fields: of the run.
+  """
+  fit, ratios = dict(fit), dict(ratios)
+  full = {"tpr": [rate(0.1, fpr=0.01, rule="at_most", false_positives=250)]}
+  found = [run(**fields)]
+  for who in ("full_precision", "rescaled", "best"):
+    found.append(leakage(attacker=who, member_accuracy=rate(members, spread=0), **full))
+  for (method, levels), change in changes.items():
+    for who in records.COMPARED:
+      left = ratios.get((who, method, levels), 1 + change / 0.1)
+      more = differences(change)
+      more["tpr_ratio"] = [rate(left, fpr=0.01, rule="at_most")]
+      lost = fit.get((method, levels), 0.0)
+      found.append(
+        leakage(
+          method,
+          levels,
+          levels,
+          who,
+          tpr=[rate(0.1 + change, fpr=0.01, rule="at_most", false_positives=250)],
+          member_accuracy=rate(members + lost, spread=0.01),
+          minus_full_precision=more,
+          member_accuracy_minus_full_precision=paired(lost),
+          accuracy_minus_full_precision=paired(-0.001),
+        )
+      )
+  return found
+
+
 def unit(method, levels, last, name, *, before=0.04, after=0.01, **fields):
   contents = {"error_nearest": before, "error_after": after, "steps": 2000, "seconds": 1.25}
   return records.make(
@@ -164,5 +201,5 @@ def example():
   """The builders above: `example.audit()` and so on."""
   return types.SimpleNamespace(
     rate=rate, leakage=leakage, unit=unit, run=run, audit=audit, paired=paired,
-    differences=differences,
+    differences=differences, study=study,
   )  # fmt: skip

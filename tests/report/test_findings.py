@@ -256,3 +256,23 @@ def test_nothing_measured_is_said(example, lost):
   assert findings.summarize(found).headline == "No leakage was measured."
   nothing = example.leakage(tpr=[records.number(None) | {"fpr": 0.01}])
   assert findings.summarize([nothing]).headline == "No leakage was measured."
+
+
+def test_lost_member_fit_and_calibration_members_are_findings(example):
+  changes = {("obc", 3): -0.05, ("obc", 4): 0.0}
+  found = example.study(changes, fit={("obc", 3): -0.031})
+  assert (
+    "Accuracy on members (99.0% at full precision) falls measurably in 1 of 2 quantized variants,"
+    " most for OBC at 1.58 bit: by 3.1 points."
+  ) in findings.summarize(found).points
+  kept = findings.summarize(example.study(changes)).points
+  assert any("falls measurably in none of 2 quantized variants" in point for point in kept)
+  gap = {"members": "calibration members", "minus_other_members": example.differences(0.03)}
+  more = [example.leakage("obc", 3, 3, "best", **gap)]
+  assert (
+    "The best attacker finds members that calibrated the quantizer measurably more often in 1 of 1"
+    " variants than other members, the most for OBC at 1.58 bit: +3.0 points."
+  ) in findings.summarize([*found, *more]).points
+  gap["minus_other_members"] = example.differences(0.001)
+  same = findings.summarize([*found, example.leakage("obc", 3, 3, "best", **gap)]).points
+  assert any("neither more nor less often than other members in 1" in point for point in same)

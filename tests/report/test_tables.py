@@ -53,7 +53,7 @@ def test_notes_say_what_the_intervals_cover(example):
   accuracy = records.number(0.7, 0.6, 0.8, interval="t-interval over targets, 95 %")
   found = [example.leakage(test_accuracy=accuracy)]
   rates = "Intervals: over examples and models, 95 %"
-  assert tables.results(found).notes[0] == f"{rates}; test accuracy: {accuracy['interval']}."
+  assert tables.results(found).notes[0] == f"{rates}; accuracy: {accuracy['interval']}."
   assert tables.attacks(found).notes[0] == f"{rates}."
 
 
@@ -273,3 +273,49 @@ def test_empty_tables_say_so(example):
     assert "none recorded" in tables.to_text(table)
     assert "None recorded" in tables.to_markdown(table)
   assert tables.to_csv([]).strip() == ""
+
+
+def test_accuracy_on_members_and_moments_of_scores_are_shown(example):
+  moments = {side: {"mean": mean, "sd": 1.25} for side, mean in (("members", 4.5),
+                                                                ("non_members", -2.0))}  # fmt: skip
+  fields = {"member_accuracy": example.rate(0.999, spread=0.001), "scores": {"targets": moments}}
+  found = [example.leakage(**fields), example.leakage("obc", 3, 3)]
+  table = tables.results(found)
+  assert cell(table, 0, "member\naccuracy %")[:2] == ("99.9", "99.8\u2013100.0")
+  assert cell(table, 1, "member\naccuracy %").text == tables.MISSING
+  headings = [[c.name for c in tables.results(found[1:]).columns],
+              [c.name for c in tables.results(found, narrow=True).columns]]  # fmt: skip
+  assert all("member\naccuracy %" not in names for names in headings)
+  table = tables.score_shift(found)
+  assert len(table.rows) == 1
+  assert cell(table, 0, "members", "targets")[:2] == ("4.50", "sd 1.25")
+  assert cell(table, 0, "non-members", "targets").text == "-2.00"
+  assert tables.score_shift(found[1:]).rows == []
+  [line] = csv.DictReader(io.StringIO(tables.to_csv(found[:1])))
+  assert float(line["scores_targets_non_members_mean"]) == -2
+  assert float(line["member_accuracy"]) == 0.999
+
+
+def test_calibration_members_stand_beside_the_others(example):
+  def parts(who, levels, change):
+    entry = {"method": "obc", "levels": levels, "last": levels, "attacker": who}
+    return [
+      example.leakage(**entry, members="calibration members",
+                      minus_other_members=example.differences(change)),
+      example.leakage(**entry, members="other members", separation=0.5),
+      example.leakage(**entry, members="calibration among members", auc=example.rate(0.6)),
+    ]  # fmt: skip
+
+  found = [example.leakage(), *parts("best", 3, 0.03), *parts("best", 4, 0.001)]
+  found += parts("rescaled", 3, 0.0022)  # p = .03: alone sure, for it is one of one
+  table = tables.calibration(found)
+  group = "TPR % at 1% FPR"
+  assert [row[1].text for row in table.rows] == ["2", "1.58", "1.58"]
+  assert cell(table, 1, "AUC of\none by other").text == "0.600"
+  assert cell(table, 1, "difference", group)[:2] == ("+3.0", "2.8\u20133.2")
+  assert cell(table, 0, "difference", group).mark == tables.OVERLAP
+  assert cell(table, 2, "difference", group).mark == ""
+  pair = [cell(table, 1, f"{part}\nmembers", group).sort for part in ("calibration", "other")]
+  assert pair[0] == records.tpr_at(found[1], 0.01)["value"]
+  assert pair[1] == records.tpr_at(found[2], 0.01)["value"]
+  assert tables.calibration([example.leakage()]).rows == []
