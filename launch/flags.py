@@ -64,7 +64,6 @@ def launch(
     flags.DEFINE_bool(name, False, text)
   for name, text in several.items():
     flags.DEFINE_multi_string(name, None, text)
-    flags.FLAGS.set_gnu_getopt()  # flags may follow the words
   debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
   values = _define_config(settings.shipped(_base(sys.argv, config)))
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):

@@ -256,7 +256,7 @@ def calibration(
       found = {k: records_lib.calibration_gap(own[k], fpr, rule) for k in own if k[0] == who}
       gaps |= {(fpr, key): gap for key, gap in records_lib.surely(found).items()}
   rows = []
-  for key in sorted(own.keys() & others.keys(), key=lambda key: records_lib.order(key[1])):
+  for key in sorted(filter(others.get, own), key=lambda key: records_lib.order(key[1])):
     row = [*variant_cells(key[1]), _shadows(own[key])]
     row.append(number_cell(among[key]["auc"], 1.0, 3) if key in among else Cell(MISSING))
     for fpr in fprs:

@@ -160,8 +160,9 @@ def test_dedicated_targets_are_attacked_by_the_shadows_best_attacker(leave_one_o
   full = draw(rng, targets)
   leave_one_out.scores[layout.FULL_PRECISION, "targets"] = full
   leave_one_out.scores[OBC, "targets"] = 0.5 * full - 3
-  _, quantized = attack(leave_one_out)
+  base, quantized = attack(leave_one_out)
   rows = by_attacker(quantized)
+  assert "matched_shadows" not in by_attacker(base)["best"]["scores"]
   assert rows["best"]["num_targets"] == 2
   assert list(rows["best"]["chosen"].values()) == [2]
   assert rows["best"]["tpr"][0]["transferred"] is not None

@@ -87,9 +87,9 @@ def test_rates_in_common(example):
   points = comparison.summarize(two).points
   assert any("only those in common are compared: 1%." in point for point in points)
   for record in two["b"][1:]:
-    record["tpr"].append(example.rate(0.01, **shared))
+    record["tpr"].append(example.rate(0.01, **(shared | {"false_positives": 25})))
   assert comparison.common_fprs(two) == [0.01, 0.001]
-  assert comparison.headline_fpr(two) == 0.01  # the lower one rests on 2 false positives
+  assert comparison.headline_fpr(two) == 0.01  # the lower one rests on 2 false positives in a
   for record in two["b"][1:]:
     record["tpr"] = record["tpr"][1:]
     record["tpr"][0]["fpr"] = 0.002
@@ -138,9 +138,9 @@ def test_member_fit_is_related_to_leakage(example):
              " 70% of" in point for point in points)  # fmt: skip
   rng = np.random.default_rng(0)
   one, other = rng.integers(0, 4, (2, 20))
-  found = comparison._rank_correlation(one.tolist(), other.tolist())
+  found = comparison._rank_correlation(*(x.astype(float).tolist() for x in (one, other)))
   assert found == pytest.approx(stats.spearmanr(one, other).statistic)
-  assert comparison._rank_correlation([1, 1], [1, 2]) is None
+  assert comparison._rank_correlation([1.0, 1.0], [1.0, 2.0]) is None
 
 
 def test_studies_without_member_accuracy_are_named(example, two):
@@ -194,6 +194,8 @@ def test_the_figure_has_a_mark_per_study_and_its_points(two):
   assert points(figure.axes[0], "o") == {(5.0, 0.1), (0.0, 0.5), (0.0, 1.005)}
   assert points(figure.axes[2], "s") == {(0.0, 0.99), (0.0, 0.6), (0.0, 1.01)}
   assert figure.axes[0].get_yscale() == "log"
+  lost = records.fits(two["deep"], 0.01)["best"][records.Variant(*OBC, 3)].lost
+  assert lost[:3] == pytest.approx((0.05, 0.048, 0.052))
   legend = [text.get_text() for text in figure.legends[0].get_texts()]
   assert {"deep", "shallow", "OBC"} <= set(legend)
 

@@ -260,7 +260,7 @@ def test_nothing_measured_is_said(example, lost):
 
 def test_lost_member_fit_and_calibration_members_are_findings(example):
   changes = {("obc", 3): -0.05, ("obc", 4): 0.0}
-  found = example.study(changes, fit={("obc", 3): -0.031})
+  found = example.study(changes, fit={("obc", 3): -0.031, ("obc", 4): -0.001})
   assert (
     "Accuracy on members (99.0% at full precision) falls measurably in 1 of 2 quantized variants,"
     " most for OBC at 1.58 bit: by 3.1 points."
