@@ -111,14 +111,14 @@ def paper(config):
   config.quantize.calibration_size = 2048
   config.quantize.calibrate_on = "members"
   common = dict(batch_size=32, warmup=0.2, beta_start=20.0, beta_end=2.0, decay_rates=(0.9, 0.999))
-  config.quantize.adaround = dict(
+  config.quantize.adaround.update(
     calibration_size=1024,
     form="mini_batch",
     stop="never",
     mini_batch=dict(num_steps=20_000, learning_rate=1e-3, weight=1e-3, **common),
     grid_options=dict(include_zero=False),
   )
-  config.quantize.brecq = dict(
+  config.quantize.brecq.update(
     calibration_size=1024,
     loss="mse",  # in the BRECQ paper "fisher"
     form="mini_batch",
@@ -126,7 +126,7 @@ def paper(config):
     schedule=dict(num_steps=20_000, learning_rate=1e-3, weight=0.01, **common),
     grid_options=dict(include_zero=False),
   )
-  config.quantize.obc = dict(calibration_size=2048, damping=0.0, batchnorm="all")
+  config.quantize.obc.update(calibration_size=2048, damping=0.0, batchnorm="all")
   lira = ("lira_online", "lira_online_reference")
   lira += ("lira_offline_density", "lira_offline_density_reference")
   config.attack.attacks = (*lira, "loss_threshold")

@@ -26,6 +26,37 @@ class Optional:
 
 AUTO = config_dict.FieldReference("auto", field_type=object)
 
+
+def _schedule(num_steps, learning_rate, weight, decay_rates):
+  """Settings of a `quantize.reconstruct.Schedule`."""
+  return {
+    "num_steps": (num_steps, "most steps for a unit"),
+    "learning_rate": (learning_rate, "of Adam, for the rounding variables"),
+    "weight": (weight, "of the rounding term, lambda"),
+    "batch_size": (32, "images of a step; the second-moment form has no batches"),
+    "warmup": (0.2, "share of the steps without the rounding term, in [0, 1)"),
+    "beta_start": (20.0, "exponent of the rounding term after the warm-up"),
+    "beta_end": (2.0, "and at the end"),
+    "decay_rates": (decay_rates, "of Adam's two averages, in [0, 1)"),
+  }
+
+
+_EVERY_METHOD = {
+  "calibration_size": (
+    Optional(int),
+    "members that calibrate this method; quantize.calibration_size if not given",
+  ),
+  "grid_options": {
+    "symmetric": (False, "whether the grid is symmetric about zero"),
+    "search": ("mse", "for the scale: mse tries 80 cuts of the range, minmax takes all of it"),
+    "norm": (2.4, "power of the error that the search minimises"),
+    "include_zero": (True, "whether zero is always a level"),
+  },
+  "memory_bytes": (Optional(int), "what may be computed at once; half of what is free if not given"),
+  "strict": (False, "refuse a model with weights that stay in full precision"),
+}
+_STOP = ("plateau", "plateau ends when every weight has decided, never takes all steps")
+
 SETTINGS: dict[str, Any] = {
   "name": ("audit", "what the report calls this audit"),
   "seed": (0, "of all randomness"),
@@ -81,10 +112,29 @@ SETTINGS: dict[str, Any] = {
     "calibration_size": (512, "members that calibrate a model; at most all of them"),
     "calibration_augmentation": ((), "of calibration images, as train.augmentation"),
     "calibrate_on": ("members", "members or non_members of each model"),
-    "nearest": {},
-    "adaround": {},
-    "brecq": {},
-    "obc": {},
+    "nearest": _EVERY_METHOD,
+    "adaround": _EVERY_METHOD
+    | {
+      "form": ("auto", "second_moment, mini_batch (the paper's), or auto: the cheaper of the two"),
+      "stop": _STOP,
+      "second_moment": _schedule(400, 0.2, 0.01, (0.8, 0.9)),
+      "mini_batch": _schedule(20_000, 1e-3, 1e-3, (0.9, 0.999)),
+      "sweeps": (10, "most passes over the weights after the second-moment form"),
+    },
+    "brecq": _EVERY_METHOD
+    | {
+      "units": (Optional(tuple), "patterns of module paths; the model's own if not given"),
+      "loss": ("mse", "mse, or fisher: outputs of a unit weighed by the squared gradient"),
+      "form": ("auto", "mini_batch (the paper's), or auto: AdaRound's form where a unit allows it"),
+      "stop": _STOP,
+      "schedule": _schedule(400, 0.2, 0.1, (0.8, 0.9)),
+    },
+    "obc": _EVERY_METHOD
+    | {
+      "damping": (0.0, "added to the Hessian's diagonal, as a share of its mean"),
+      "batchnorm": ("members", "whose images give the statistics anew: members, all or none"),
+      "block_size": (Optional(int), "columns between two updates of the rest; by size if not given"),
+    },
   },
   "attack": {
     "attacks": (
@@ -106,10 +156,10 @@ SETTINGS: dict[str, Any] = {
     "figures": (True, "whether figures are drawn; without them there are tables and the page"),
   },
 }
-"""Default and meaning of every key; options of models and methods are those of their functions."""
+"""Default and meaning of every key; those of a method are the defaults of its function (tested)."""
 
-OPEN_SECTIONS = ("model", "quantize.nearest", "quantize.adaround", "quantize.brecq", "quantize.obc")
-"""Sections that take further keys: options of a model's factory, arguments of a method."""
+OPEN_SECTIONS = ("model",)
+"""Sections that take further keys: options of a model's factory."""
 
 
 def audit_defaults() -> Config:

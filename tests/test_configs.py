@@ -113,33 +113,24 @@ def test_the_paper_s_protocol(name):
   last = {variant[1:] for variant in Audit(config, HERE, HERE).variants()}
   usual = {(3, 256), (4, 256), (16, 256)} if name == "tiny_imagenet" else {(3, 256), (4, 4)}
   assert last == usual | ({(16, 16)} if name != "tiny_imagenet" else set())
-  options = {
-    method: settings.arguments(
-      METHODS[method].quantize_stacked, config.quantize[method], "calibration_size"
-    )
-    | {"calibration_size": config.quantize[method].get("calibration_size")}
-    for method in config.quantize.methods
-  }
-  grid = {"grid_options": {"include_zero": False}}
-  assert options["adaround"] == grid | {
-    "form": "mini_batch",
-    "stop": "never",
-    "mini_batch": adaround.MINI_BATCH,
-    "calibration_size": 1024,
-  }
+  for method, schedule, paper in (
+    ("adaround", "mini_batch", adaround.MINI_BATCH),
+    ("brecq", "schedule", brecq.PAPER),
+  ):
+    section = quantize[method]
+    options = settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
+    assert options[schedule] == paper
+    assert not options["grid_options"]["include_zero"]
+    assert (options["form"], options["stop"]) == ("mini_batch", "never")
+    assert section.calibration_size == 1024
+    assert (paper.warmup, paper.beta_start, paper.beta_end) == (0.2, 20, 2)
+    assert paper.decay_rates == (0.9, 0.999)
+  assert quantize.brecq.loss == "mse"
   assert adaround.MINI_BATCH[:4] == (20_000, 1e-3, 1e-3, 32)
-  assert options["brecq"] == grid | {
-    "loss": "mse",
-    "form": "mini_batch",
-    "stop": "never",
-    "schedule": brecq.PAPER,
-    "calibration_size": 1024,
-  }
   assert brecq.PAPER[:4] == (20_000, 1e-3, 0.01, 32)
-  for schedule in (adaround.MINI_BATCH, brecq.PAPER):
-    assert (schedule.warmup, schedule.beta_start, schedule.beta_end) == (0.2, 20, 2)
-    assert schedule.decay_rates == (0.9, 0.999)
-  assert options["obc"] == {"damping": 0.0, "batchnorm": "all", "calibration_size": 2048}
+  obc = quantize.obc
+  assert (obc.damping, obc.batchnorm, obc.calibration_size) == (0.0, "all", 2048)
+  assert obc.grid_options.include_zero
   assert {"lira_online", "lira_online_reference", "lira_offline_density"} <= set(
     config.attack.attacks
   )

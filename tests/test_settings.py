@@ -1,3 +1,4 @@
+import inspect
 import pathlib
 from typing import NamedTuple
 
@@ -5,6 +6,7 @@ import pytest
 from ml_collections import config_dict
 
 from ptq_jax import settings
+from ptq_jax.quantize import METHODS, grid
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -101,12 +103,31 @@ def test_a_config_file_that_makes_no_sense_is_one_sentence(tmp_path, line, sente
   assert len(str(caught.value).splitlines()) == 1
 
 
-def test_models_and_methods_may_have_options_of_their_own(tmp_path):
+def test_models_may_have_options_of_their_own(tmp_path):
   path = write_config(
     tmp_path / "own.py", "config.model.hidden = 3", "config.quantize.obc.damping = 0.1"
   )
   config = settings.load(path)
   assert (config.model.hidden, config.quantize.obc.damping) == (3, 0.1)
+
+
+ARRAYS = {"plans", "labels", "batchnorm_images"}
+"""Arguments of methods that no config can hold."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_of_a_method_stands_in_the_config_with_its_default(method):
+  section = settings.plain(settings.audit_defaults().quantize[method])
+  options = inspect.signature(METHODS[method].quantize_stacked).parameters.values()
+  named = {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY and o.name not in ARRAYS}
+  of_grids = inspect.signature(grid.fit).parameters
+  named["grid_options"] = {key: of_grids[key].default for key in section["grid_options"]}
+  assert of_grids.keys() - section["grid_options"] == {"weights", "levels", "two_levels"}
+  expected = {
+    name: default._asdict() if hasattr(default, "_asdict") else default
+    for name, default in named.items()
+  }
+  assert section == settings.plain(expected) | {"calibration_size": None}
 
 
 def test_every_key_has_a_meaning_and_defaults_are_not_shared():

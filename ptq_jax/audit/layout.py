@@ -46,6 +46,9 @@ FULL_PRECISION = Variant("none", None, None)
 OPERATIONAL = ("models", "targets", "models_per_chunk", "models_together", "checkpoint_minutes")
 """Settings of training on which no model depends, or which the work list keeps."""
 
+OPERATIONAL_OPTIONS = ("memory_bytes", "strict")
+"""Options of methods on which no result depends."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
@@ -124,7 +127,7 @@ class Audit:
     size = self.config.quantize.calibration_size
     options = settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
     members = len(self.dataset.train_labels) // 2
-    return options | {"calibration_size": min(section.get("calibration_size", size), members)}
+    return options | {"calibration_size": min(section.get("calibration_size") or size, members)}
 
   def variants(self) -> list[Variant]:
     """Every quantized variant that the config asks for, once, in its order."""
@@ -205,7 +208,9 @@ class Audit:
     if variant != FULL_PRECISION:
       shared = ("overrides", "calibration_size", "calibration_augmentation", "calibrate_on")
       quantize = {key: config["quantize"][key] for key in shared}
-      found += [list(variant), quantize, config["quantize"].get(variant.method, {})]
+      options = settings.dotted(config["quantize"].get(variant.method, {}))
+      options = {k: v for k, v in options.items() if k not in OPERATIONAL_OPTIONS}
+      found += [list(variant), quantize, options]
     return settings.fingerprint(found)
 
   def problem(self, variant: Variant, chunk: Chunk) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 from ptq_jax import settings, storage
 from ptq_jax.attack import protocol
 from ptq_jax.audit import reporting, work
-from ptq_jax.audit.layout import FULL_PRECISION, Audit
+from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment
 from ptq_jax.models import call, conv, parallel
 from ptq_jax.quantize import METHODS, check_model, grid
@@ -28,6 +28,7 @@ MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
 """Fewest shadows with which every example has two on each side: all there, or a pair left out."""
 
 CHOICES = {
+  ("grid_options", "search"): ("mse", "minmax"),
   ("adaround", "form"): ("auto", "mini_batch", "second_moment"),
   ("adaround", "stop"): ("plateau", "never"),
   ("brecq", "form"): ("auto", "mini_batch"),
@@ -35,7 +36,7 @@ CHOICES = {
   ("brecq", "loss"): ("mse", "fisher"),
   ("obc", "batchnorm"): ("members", "all", "none"),
 }
-"""Values of options of methods that are words; the first is the default."""
+"""Values of options that are words."""
 
 GPU = pathlib.Path("/dev/nvidia0")
 """What Linux shows of the first NVIDIA GPU."""
@@ -154,7 +155,7 @@ def _spoils(audit, key):
   if section == "queries" and name != "batch_size":
     return any((audit.root / "scores").glob("*/*.npz"))
   free = ("methods", "levels", "last_layer_levels", "sweep_last_layer_at")
-  if section != "quantize" or name in free:
+  if section != "quantize" or name in free or name.endswith(OPERATIONAL_OPTIONS):
     return False
   method = name.partition(".")[0]
   pattern = f"{method}-*/*.npz" if method in METHODS else "*-*/*.npz"
@@ -246,31 +247,34 @@ def check(audit: Audit) -> None:
     )
 
 
+def _number(value):
+  return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _at_least(least):
+  return lambda value: _number(value) and value >= least, f"at least {least}"
+
+
+def _between(test, words):
+  return lambda value: _number(value) and test(value), words
+
+
 def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   """Keys whose values must lie in a range, with the test and the range in words."""
-
-  def number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-
-  def at_least(least):
-    return lambda value: number(value) and value >= least, f"at least {least}"
-
-  def between(test, words):
-    return lambda value: number(value) and test(value), words
 
   def division(value):
     return value == "auto" or (isinstance(value, int) and value >= 1)
 
-  yield "train.models", *at_least(2)
-  yield "train.targets", *at_least(0)
-  yield "train.label_smoothing", *between(lambda v: 0 <= v < 1, "in [0, 1)")
-  yield "train.checkpoint_minutes", *between(lambda v: v > 0, "above 0")
+  yield "train.models", *_at_least(2)
+  yield "train.targets", *_at_least(0)
+  yield "train.label_smoothing", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
+  yield "train.checkpoint_minutes", *_between(lambda v: v > 0, "above 0")
   for key in ("models_per_chunk", "models_together"):
     yield f"train.{key}", division, "a number of models, or auto for as many as fit"
   lowerings = ("auto", "measure", *conv.LOWERINGS)
   yield "train.lowering", lambda v: v in lowerings, f"one of {', '.join(lowerings)}"
-  yield "queries.views", *at_least(1)
-  yield "queries.batch_size", *at_least(1)
+  yield "queries.views", *_at_least(1)
+  yield "queries.batch_size", *_at_least(1)
 
   def counts(values):
     return all(isinstance(v, int) and grid.MIN_LEVELS <= v <= grid.MAX_LEVELS for v in values)
@@ -278,17 +282,17 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   for key in ("levels", "sweep_last_layer_at"):
     words = f"whole numbers from {grid.MIN_LEVELS} to {grid.MAX_LEVELS}"
     yield f"quantize.{key}", counts, words
-  yield "quantize.calibration_size", *at_least(1)
+  yield "quantize.calibration_size", *_at_least(1)
   whom = ("members", "non_members")
   yield "quantize.calibrate_on", lambda v: v in whom, "'members' or 'non_members'"
-  yield "attack.resamples", *at_least(2)
-  yield "attack.confidence", *between(lambda v: 0 < v < 1, "in (0, 1)")
-  yield "attack.delta", *between(lambda v: 0 <= v < 1, "in [0, 1)")
-  yield "attack.worst_classes", *at_least(0)
-  yield "attack.exposed_share", *between(lambda v: 0 < v <= 1, "in (0, 1]")
+  yield "attack.resamples", *_at_least(2)
+  yield "attack.confidence", *_between(lambda v: 0 < v < 1, "in (0, 1)")
+  yield "attack.delta", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
+  yield "attack.worst_classes", *_at_least(0)
+  yield "attack.exposed_share", *_between(lambda v: 0 < v <= 1, "in (0, 1]")
 
   def rates(values):
-    return len(values) > 0 and all(number(v) and 0 < v <= 1 for v in values)
+    return len(values) > 0 and all(_number(v) and 0 < v <= 1 for v in values)
 
   yield "attack.fprs", rates, "false-positive rates in (0, 1], at least one"
   yield "attack.attacks", lambda v: len(v) > 0, "at least one attack"
@@ -318,8 +322,8 @@ def _check_quantize(audit):
   for method in quantize.methods:
     if method not in METHODS:
       raise ValueError(f"quantize.methods has {method!r}; choose among {', '.join(METHODS)}.")
-    size = quantize.get(method, {}).get("calibration_size", 1)
-    if not (isinstance(size, int) and 1 <= size <= quantize.calibration_size):
+    size = quantize.get(method, {}).get("calibration_size")
+    if size is not None and not (_number(size) and 1 <= size <= quantize.calibration_size):
       raise ValueError(
         f"quantize.{method}.calibration_size is {size}; it must be in 1.."
         f"{quantize.calibration_size}, quantize.calibration_size."
@@ -327,17 +331,38 @@ def _check_quantize(audit):
   for variant in audit.variants():
     for levels in (variant.levels, variant.last_layer_levels or 2):
       grid.check_levels(levels)
-  for (method, option), choices in CHOICES.items():
-    value = quantize[method].get(option, choices[0])
-    if value not in choices:
-      raise ValueError(f"quantize.{method}.{option} is {value!r}; use one of {', '.join(choices)}.")
-  known = set(inspect.signature(grid.fit).parameters) - {"weights", "levels", "two_levels"}
-  for method in METHODS:
-    for option in quantize.get(method, {}).get("grid_options", {}):
-      if option not in known:
-        raise ValueError(
-          f"quantize.{method}.grid_options has {option!r}; it may have {', '.join(sorted(known))}."
-        )
+  for method in settings.SETTINGS["quantize"].keys() & METHODS.keys():
+    for key, value in settings.dotted(settings.plain(quantize[method])).items():
+      option = key.rpartition(".")[2]
+      words = CHOICES.get((method, key)) or CHOICES.get(("grid_options", option))
+      fits, demand = _option_range(option, words)
+      if not fits(value):
+        raise ValueError(f"quantize.{method}.{key} is {value!r}; it must be {demand}.")
+
+
+def _option_range(option, words):
+  """What a value of a method's option must fulfil, and that in words."""
+  if words:
+    return lambda value: value in words, f"one of {', '.join(words)}"
+  if option in ("symmetric", "include_zero", "strict"):
+    return lambda value: isinstance(value, bool), "True or False"
+  if option in ("memory_bytes", "block_size"):
+    return lambda value: value is None or (_number(value) and value >= 1), "at least 1, or None"
+  if option in ("learning_rate", "norm", "beta_start", "beta_end"):
+    return _between(lambda value: value > 0, "above 0")
+  if option == "warmup":
+    return _between(lambda value: 0 <= value < 1, "in [0, 1)")
+  if option == "decay_rates":
+
+    def rates(pair):
+      return len(pair) == 2 and all(_number(rate) and 0 <= rate < 1 for rate in pair)
+
+    return rates, "two numbers in [0, 1)"
+  if option in ("weight", "damping", "sweeps"):
+    return _at_least(0)
+  if option in ("num_steps", "batch_size"):
+    return _at_least(1)
+  return lambda value: True, ""  # units and calibration_size, which are looked at elsewhere
 
 
 def _check_data(audit):
