@@ -7,9 +7,11 @@ import pathlib
 import jax
 import pytest
 
-# LLVM's last passes take most of the time to compile and gain tests nothing: a program that draws
-# ten random arrays takes 5 s with them, 2 s without (BUILD_NOTES.md). Launched programs inherit it.
-QUICK_COMPILE = "--xla_backend_optimization_level=1"
+# Most of the tests' time is compiling. Neither LLVM's passes nor XLA's newer emitter of fusions gain
+# programs this small anything: without them a test file takes half of the processor time, and a
+# warm run no longer (BUILD_NOTES.md). Both flags are known up to JAX 0.12; XLA ends the process at
+# one that it does not know. Launched programs inherit them.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
