@@ -236,7 +236,15 @@ def check(audit: Audit) -> None:
   _check_model(audit)
   plans = audit.plans(audit.variants())
   if plans:
-    survey = check_model(audit.model, image_shape=audit.dataset.image_shape, plans=plans)
+    quantize = config.quantize
+    methods = [quantize[method] for method in quantize.methods if method in quantize]
+    survey = check_model(
+      audit.model,
+      image_shape=audit.dataset.image_shape,
+      plans=plans,
+      units=quantize.brecq.get("units") if "brecq" in quantize.methods else None,
+      strict=any(section.get("strict") for section in methods),
+    )
     for kept in survey.kept:
       audit.say(str(kept))
   members = len(audit.dataset.train_labels) // 2
