@@ -52,7 +52,7 @@ _EVERY_METHOD = {
     "norm": (2.4, "power of the error that the search minimises"),
     "include_zero": (True, "whether zero is always a level"),
   },
-  "memory_bytes": (Optional(int), "what may be computed at once; half of what is free if not given"),
+  "memory_bytes": (Optional(int), "what is computed at once; half of what is free if not given"),
   "strict": (False, "refuse a model with weights that stay in full precision"),
 }
 _STOP = ("plateau", "plateau ends when every weight has decided, never takes all steps")
@@ -131,9 +131,9 @@ SETTINGS: dict[str, Any] = {
     },
     "obc": _EVERY_METHOD
     | {
-      "damping": (0.0, "added to the Hessian's diagonal, as a share of its mean"),
+      "damping": (0.0, "share by which the diagonal of the Hessian grows, at first"),
       "batchnorm": ("members", "whose images give the statistics anew: members, all or none"),
-      "block_size": (Optional(int), "columns between two updates of the rest; by size if not given"),
+      "block_size": (Optional(int), "columns between updates of the others; by size if not given"),
     },
   },
   "attack": {

@@ -7,10 +7,10 @@ import pathlib
 import jax
 import pytest
 
-# Most of the tests' time is compiling. Neither LLVM's passes nor XLA's newer emitter of fusions gain
-# programs this small anything: without them a test file takes half of the processor time, and a
-# warm run no longer (BUILD_NOTES.md). Both flags are known up to JAX 0.12; XLA ends the process at
-# one that it does not know. Launched programs inherit them.
+# Most of the tests' time is compiling. Programs this small gain nothing from LLVM's passes or XLA's
+# newer emitter of fusions: without them a test file takes half of the processor time, and a warm
+# run no longer (BUILD_NOTES.md). Both flags are known up to JAX 0.12; XLA ends the process at one
+# that it does not know. Launched programs inherit them.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 

@@ -5,7 +5,6 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 """
 
 import functools
-import inspect
 import os
 import pathlib
 from collections.abc import Callable, Iterator
