@@ -14,9 +14,9 @@ from ptq_jax.audit import preflight, running
 from ptq_jax.audit.layout import variant_name
 
 
-def run(config, workdir, *, shard, models=None, verify=False) -> None:
+def run(config, workdir, *, shard, models=None, verify=False, tensorboard=False) -> None:
   """All stages on one workdir, or a check of what is in it."""
-  listener = progress.Lines()
+  listener = progress.listener(workdir, tensorboard)
   audit = preflight.open_audit(config, workdir, trained=models, shard=shard, listener=listener)
   if verify:
     problems = preflight.verify(audit)
@@ -45,7 +45,10 @@ def main() -> None:
     config="configs/digits.py",
     workdir="runs/digits",
     description=__doc__,
-    switches={"verify": "Only check every file of the workdir and say what is wrong."},
+    switches={
+      "verify": "Only check every file of the workdir and say what is wrong.",
+      "tensorboard": progress.TENSORBOARD,
+    },
   )
 
 

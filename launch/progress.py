@@ -1,9 +1,47 @@
-"""One live line per stage: what is done, how fast, how long it still takes."""
+"""One live line per stage: what is done, how fast, how long it still takes; and TensorBoard."""
 
+import pathlib
 import sys
 import time
 
-from ptq_jax.audit.events import Event
+from ptq_jax.audit.events import Event, Listener
+
+TENSORBOARD = "Also write loss and accuracy by epoch for TensorBoard, into WORKDIR/tensorboard."
+
+
+def listener(workdir: pathlib.Path, tensorboard: bool) -> Listener:
+  """What prints progress and, if asked to, keeps loss and accuracy for TensorBoard.
+
+  Raises:
+    ValueError: if TensorBoard's files cannot be written for want of a package.
+  """
+  return TensorBoard(Lines(), workdir / "tensorboard") if tensorboard else Lines()
+
+
+class TensorBoard:
+  """A listener that writes a run per chunk, steps counted in updates, and hands everything on."""
+
+  def __init__(self, then: Listener, folder: pathlib.Path):
+    try:
+      from tensorboardX import SummaryWriter
+    except ImportError as error:
+      sentence = "--tensorboard needs another package: pip install tensorboardX."
+      raise ValueError(sentence) from error
+    self._then, self._folder, self._make, self._writers = then, folder, SummaryWriter, {}
+
+  def __call__(self, event: Event) -> None:
+    """Writes what an event has measured, and all of it when its stage has ended."""
+    if event.measured:
+      chunk, step, values = event.measured
+      if chunk not in self._writers:
+        # what a stopped run wrote past its checkpoint is replaced
+        self._writers[chunk] = self._make(str(self._folder / chunk), purge_step=step, flush_secs=10)
+      for name, value in values.items():
+        self._writers[chunk].add_scalar(f"train/{name}", value, step)
+    if event.ended:
+      while self._writers:
+        self._writers.popitem()[1].close()
+    self._then(event)
 
 
 class Lines:

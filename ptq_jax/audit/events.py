@@ -1,7 +1,15 @@
 """How an audit tells what it does: events that it hands to a function of the caller's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+
+class Measured(NamedTuple):
+  """What was measured while training, means over models."""
+
+  chunk: str
+  step: int  # updates of each model since the beginning
+  values: Mapping[str, float]  # "loss" in nats, "accuracy" in [0, 1]
 
 
 class Event(NamedTuple):
@@ -13,6 +21,7 @@ class Event(NamedTuple):
   before: float = 0.0  # units of work of the runs before: they tell nothing about the speed of this
   note: str = ""  # in a few words what was done last
   sentence: str = ""  # to be said once, on a line of its own
+  measured: Measured | None = None
   ended: bool = False
 
 
@@ -38,10 +47,10 @@ class Stage:
     if kind is None:
       self._listener(self._now._replace(ended=True))
 
-  def advance(self, amount: float | int, note: str = "") -> None:
+  def advance(self, amount: float | int, note: str = "", measured: Measured | None = None) -> None:
     """Adds finished work; `note` says in a few words what it was."""
     self._now = self._now._replace(done=self._now.done + amount, note=note or self._now.note)
-    self._listener(self._now)
+    self._listener(self._now._replace(measured=measured))
 
   def say(self, sentence: str) -> None:
     """Tells a sentence."""

@@ -1,10 +1,11 @@
 """Training of the shadows, and the dedicated targets if there are any, chunk by chunk.
 
-Writes checkpoints of models and their scores in full precision. A run that was stopped goes on from
-its last checkpoint, to the same result.
+Writes checkpoints of models and their scores in full precision, and loss and accuracy by epoch. A
+run that was stopped goes on from its last checkpoint, to the same result.
 """
 
 import functools
+import pathlib
 import shutil
 import time
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ptq_jax import storage
 from ptq_jax.audit import stopping, work
-from ptq_jax.audit.events import Stage
+from ptq_jax.audit.events import Measured, Stage
 from ptq_jax.audit.layout import FULL_PRECISION, Audit
 from ptq_jax.audit.work import Chunk
 from ptq_jax.data import membership
@@ -157,7 +158,8 @@ def train_updates(audit: Audit, chunk: Chunk, stage: Stage) -> fit.State:
     if states is None:
       states = shadows.init(keys, recipe, image_shape=audit.dataset.image_shape)
     stage.advance(len(chunk) * saved.step / steps)
-    last_saved, before, shown = time.monotonic(), saved.step, None
+    curve = Curve(audit.model_directory(chunk) / "metrics.jsonl", saved.step, steps)
+    last_saved, before, parts, shown = time.monotonic(), saved.step, [], None
     done = shadows.Dispatch(saved.step, (states,), None, len(chunk))
     for done in shadows.dispatches(
       states,
@@ -169,27 +171,59 @@ def train_updates(audit: Audit, chunk: Chunk, stage: Stage) -> fit.State:
       together=chunk.together,
       mesh=parallel.mesh_for(-(-len(chunk) // chunk.together)),
     ):
+      parts.append((done.metrics, done.step - before))
+      before = done.step
       if done.step % steps == 0 or stopped():
-        show(stage, chunk, shown)  # of the time before, while the device works on this one
-        shown = (done.step // steps, (done.step - before) / steps, done.metrics)
-        before = done.step
+        show(stage, chunk, curve, shown)  # of the time before, while the device works on this one
+        shown, parts = (done.step, parts), []
       minutes = (time.monotonic() - last_saved) / 60
       if stopped() or minutes > train.checkpoint_minutes:
         checkpoints.save(done.step, done.on_host(), metadata(audit, chunk))
         last_saved = time.monotonic()
       if stopped():
         checkpoints.wait()
+        show(stage, chunk, curve, shown)
         raise stopped()
-    show(stage, chunk, shown)
+    show(stage, chunk, curve, shown)
     return done.on_host()
 
 
-def show(stage: Stage, chunk: Chunk, done) -> None:
-  """Tells of an epoch, waiting for the device."""
+class Curve:
+  """Loss and accuracy of every model of a chunk by epoch, in a file of JSON lines.
+
+  It is for people; whoever resumes takes what was before its checkpoint, if it can be read.
+  """
+
+  def __init__(self, path: pathlib.Path, step: int, steps_per_epoch: int):
+    self._path, self.steps_per_epoch = path, steps_per_epoch
+    try:
+      self._rows = [row for row in storage.read_records(path) if row["step"] <= step]
+    except (FileNotFoundError, storage.CorruptFileError, KeyError, TypeError):
+      self._rows = []
+
+  def add(self, step: int, metrics: fit.Metrics) -> float:
+    """Appends means since the row before, [M] each; returns the epochs that are done."""
+    epoch = round(step / self.steps_per_epoch, 3)
+    each = {name: np.round(values, 5).tolist() for name, values in metrics._asdict().items()}
+    self._rows.append({"step": step, "epoch": epoch, **each})
+    storage.write_records(self._path, self._rows)
+    return epoch
+
+
+def show(stage: Stage, chunk: Chunk, curve: Curve, done) -> None:
+  """Tells of an epoch and writes it down, waiting for the device."""
   if done is not None:
-    epoch, epochs, metrics = done
-    loss = float(metrics.loss.mean())
-    stage.advance(len(chunk) * epochs, f"{chunk.name}, epoch {epoch}, loss {loss:.3f}")
+    step, parts = done
+    found, weights = zip(*parts, strict=True)
+    found = np.asarray(jax.device_get(found), np.float64)  # [dispatches, loss and accuracy, M]
+    metrics = fit.Metrics(*np.average(found, axis=0, weights=weights))
+    epoch = curve.add(step, metrics)
+    means = {name: float(values.mean()) for name, values in metrics._asdict().items()}
+    stage.advance(
+      len(chunk) * sum(weights) / curve.steps_per_epoch,
+      f"{chunk.name}, epoch {epoch:g}, loss {means['loss']:.3f}",
+      Measured(chunk.name, step, means),
+    )
 
 
 def states_like(audit: Audit, chunk: Chunk) -> fit.State:

@@ -48,9 +48,15 @@ def literal(text):
 
 
 class Heard(list):
-  """A listener that remembers the sentences."""
+  """A listener that remembers the sentences, and what was measured."""
+
+  def __init__(self):
+    super().__init__()
+    self.measured = []
 
   def __call__(self, event):
+    if event.measured:
+      self.measured.append(event.measured)
     if event.sentence:
       self.append(event.sentence)
 

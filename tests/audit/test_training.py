@@ -1,0 +1,70 @@
+"""Loss and accuracy by epoch, also of a training that was stopped."""
+
+import contextlib
+import signal
+
+import numpy as np
+import pytest
+
+from ptq_jax import storage
+from ptq_jax.audit import preflight, stopping, training
+from ptq_jax.train import shadows
+from tests.audit.conftest import Heard, opened, tiny_config
+
+CHUNK = "models/shadows-00000-00004"
+
+
+def stop_after(step, patch):
+  """Training hears a signal once it has done so many updates."""
+  done, dispatches = [], shadows.dispatches
+
+  def counted(*args, **options):
+    for each in dispatches(*args, **options):
+      done.append(each.step)
+      yield each
+
+  @contextlib.contextmanager
+  def deferred(say):
+    yield lambda: stopping.Stopped(signal.SIGTERM) if done[-1] == step else None
+
+  patch.setattr(training.shadows, "dispatches", counted)
+  patch.setattr(training.stopping, "deferred", deferred)
+
+
+def curve(workdir):
+  return storage.read_records(workdir / CHUNK / "metrics.jsonl")
+
+
+def test_loss_and_accuracy_of_every_model_and_epoch(finished):
+  rows = curve(finished)
+  assert [(row["step"], row["epoch"]) for row in rows] == [(3, 1), (6, 2)]
+  for row in rows:
+    assert np.shape(row["loss"]) == np.shape(row["accuracy"]) == (4,)
+    assert min(row["loss"]) > 0
+    assert 0 <= min(row["accuracy"]) <= max(row["accuracy"]) <= 1
+    assert np.ptp(row["loss"]) > 0  # each model its own
+
+
+@pytest.mark.parametrize("damage", [None, b"{}\n", b"\xff"])
+def test_a_resumed_training_goes_on_with_its_curve(finished, tmp_path, monkeypatch, damage):
+  """Stopped amid the second epoch; what was written past the checkpoint is not kept twice."""
+  heard = Heard()
+  with monkeypatch.context() as patch:
+    stop_after(4, patch)
+    audit = preflight.open_audit(tiny_config(), tmp_path, listener=heard)
+    with pytest.raises(stopping.Stopped):
+      training.train(audit)
+  path = tmp_path / CHUNK / "metrics.jsonl"
+  assert [row["step"] for row in curve(tmp_path)] == [3, 4]
+  if damage is None:
+    with path.open("a") as file:
+      file.write('{"step": 5, "epoch": 1.7, "loss": [9.0], "accuracy": [0.0]}\n')
+  else:
+    path.write_bytes(damage)
+  training.train(opened(tmp_path))
+  steps = [3, 4, 6] if damage is None else [6]
+  assert [row["step"] for row in curve(tmp_path)] == steps
+  if damage is None:
+    assert curve(tmp_path)[0] == curve(finished)[0]
+    assert [measured.step for measured in heard.measured] == [3, 4]
+    assert heard.measured[0].values["loss"] == pytest.approx(np.mean(curve(finished)[0]["loss"]))

@@ -1,0 +1,38 @@
+"""What TensorBoard is given."""
+
+import struct
+
+import pytest
+
+from launch import progress
+from ptq_jax.audit.events import Event, Measured
+
+event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+
+
+def scalars(path):
+  """Tag, step and value of every scalar in an event file: records with lengths and checksums."""
+  data, found = path.read_bytes(), []
+  while data:
+    (length,) = struct.unpack("<Q", data[:8])
+    event = event_pb2.Event.FromString(data[12 : 12 + length])
+    found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    data = data[16 + length :]
+  return found
+
+
+def test_loss_and_accuracy_become_event_files_and_events_are_handed_on(tmp_path):
+  heard = []
+  listener = progress.TensorBoard(heard.append, tmp_path)
+  for step in (3, 6):
+    values = {"loss": 3.0 / step, "accuracy": 0.5}
+    listener(Event("train_shadows", measured=Measured("shadows-0-4", step, values)))
+  listener(Event("train_shadows", ended=True))
+  (path,) = (tmp_path / "shadows-0-4").iterdir()
+  assert scalars(path) == [
+    ("train/loss", 3, 1.0),
+    ("train/accuracy", 3, 0.5),
+    ("train/loss", 6, 0.5),
+    ("train/accuracy", 6, 0.5),
+  ]
+  assert len(heard) == 3
