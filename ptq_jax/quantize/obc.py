@@ -8,12 +8,12 @@ Gaussian elimination. Weights off by more than half a step go first, the farthes
 Rank-1 updates of a [D, D] inverse per row cost D^3 memory traffic. Here all rows start from one
 shared inverse, and the elimination is blocked. Inside a block of B steps the inverse M is not
 touched: with F [t, D] the scaled columns eliminated so far, column j of the current inverse is
-M_:j - F^T F_:j. At the end of a block one matrix product makes M - F^T F for the columns that are
-left, and the finished columns are dropped. That is the same arithmetic in another order.
+M_:j - F^T F_:j. At the end of a block one matrix product makes M - F^T F. That is the same
+arithmetic in another order. All blocks are one loop, in which finished columns are masked; they are
+dropped once or twice on the way, between two such loops.
 """
 
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,11 @@ from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.nearest import Job
 from ptq_jax.quantize.plan import Levels, Plan, Record
 
-MAX_BLOCKS = 10
-"""Every block has its own width and is compiled on its own."""
+SINGLE_BLOCK = 96
+
+MORE_STAGES = (4, 24)
+"""From so many blocks on there is one stage more: finished columns are dropped once more, at the
+price of another compiled loop."""
 
 CPU_MEMORY_BYTES = 2**25
 """On a CPU the inverses of a chunk of rows should stay in the cache: 32 MiB."""
@@ -156,7 +159,7 @@ def quantize_matrix(
     hessian: of the squared output error, 2/n sum x x^T; see `hessian.from_inputs`.
     grid: scale and zero point [rows, 1] (or [1, 1]); levels a number, or an array of that shape.
     damping: see `hessian.inverse`, which adds what a singular Hessian needs on its own.
-    block_size: columns per block, only a matter of speed; None: about 1/10 to all of them.
+    block_size: columns per block, only a matter of speed; None: `default_block_size(D)`.
     memory_bytes: what the rows eliminated at once may take; None: `default_memory_bytes()`.
   Raises:
     ValueError: shapes that do not fit, or values that are not finite (unless traced).
@@ -201,7 +204,7 @@ def quantize_rows(
     block_size, memory_bytes: as in `quantize_matrix`.
   """
   rows, D = weights.shape
-  block_size = block_size or math.ceil(D / _num_blocks(D))
+  block_size = min(D, block_size or default_block_size(D))
   budget = memory_bytes or default_memory_bytes()
   chunks = math.ceil(rows / rows_at_once(rows, D, weights.dtype, budget))
   return _quantize_rows(block_size, chunks, weights, inverse, owner, grid)
@@ -266,9 +269,34 @@ def bytes_per_row(D: int, dtype: np.dtype) -> int:
   return 3 * D * D * max(np.dtype(dtype).itemsize, 4)
 
 
-def _num_blocks(D):
-  """How many blocks; measured on a CPU, flat around the best."""
-  return max(1, min(MAX_BLOCKS, round(math.sqrt(D) / 5)))
+def default_block_size(D: int) -> int:
+  """Columns per block, so that a layer moves few bytes; up to `SINGLE_BLOCK` columns are one block.
+
+  A step reads the factors of its block, B rows of D. The end of a block, one step in B, changes an
+  inverse, D^2 numbers read and written, where a product is added in place (not on a CPU, which
+  writes and reads it beside). That is least at B = sqrt(2 D), on a CPU at 2 sqrt(D).
+  """
+  if D <= SINGLE_BLOCK:
+    return D
+  best = math.sqrt((4 if jax.default_backend() == "cpu" else 2) * D)
+  return math.ceil(D / round(D / best))
+
+
+class _Stage(NamedTuple):
+  """Blocks of one width, which are one compiled loop."""
+
+  width: int  # columns left at its start
+  num_blocks: int
+  left: int  # columns left at its end
+
+
+def _stages(D, block_size) -> list[_Stage]:
+  """The blocks, cut where the finished columns are dropped."""
+  num_blocks = math.ceil(D / block_size)
+  count = 1 + sum(num_blocks >= least for least in MORE_STAGES)
+  edges = [num_blocks * stage // count for stage in range(count + 1)]
+  left = [max(0, D - edge * block_size) for edge in edges]
+  return [_Stage(left[i], edges[i + 1] - edges[i], left[i + 1]) for i in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -278,7 +306,7 @@ def _quantize_rows(block_size, chunks, weights, inverse, owner, grid):
   size = math.ceil(rows / chunks)
   wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
   inverse, grid = jax.tree.map(lambda part: _as(part, wide.dtype), (inverse, grid))
-  eliminate = functools.partial(_eliminate, _widths(D, block_size), inverse)
+  eliminate = functools.partial(_eliminate, block_size, inverse)
   inputs = (wide, owner, grid)
   if chunks == 1:
     result = eliminate(*inputs)
@@ -294,58 +322,56 @@ def _as(part, dtype):
   return part.astype(dtype) if jnp.issubdtype(part.dtype, jnp.floating) else part
 
 
-def _widths(D, block_size):
-  """Columns left at the start of each block, and 0 at the end."""
-  return (*range(D, 0, -block_size), 0)
-
-
 class _Rows(NamedTuple):
-  """Rows inside a block: R columns are left at its start, t of them eliminated by now."""
+  """Rows inside a block of B steps, t of them done by now."""
 
   weights: Array  # [rows, R], finished ones on the grid
   diagonal: Array  # [rows, R], of the current inverse
-  finished: Array  # bool[rows, R]
+  finished: Array  # bool[rows, R]; the current inverse has nothing of use in these columns
   factors: Array  # [rows, B, R], the first t are set, the rest 0
 
 
-def _eliminate(widths, inverse, weights, owner, grid):
+def _eliminate(block_size, inverse, weights, owner, grid):
   """Quantizes all columns of some rows: [rows, D] -> [rows, D]."""
   result = weights
   rows, D = weights.shape
   columns = jnp.broadcast_to(jnp.arange(D, dtype=jnp.int32), (rows, D))  # where they come from
   diagonal = jax.vmap(jnp.diagonal)(inverse.matrix)[owner]
-  current = None  # [rows, R, R]; the first block reads the shared inverse
-  for width, left in itertools.pairwise(widths):
-    if current is None:
-      column = functools.partial(_take_shared_row, inverse.matrix, owner)
-    else:
-      column = functools.partial(_take_row, current)
-    state = _Rows(
-      weights,
-      diagonal,
-      jnp.zeros((rows, width), bool),
-      jnp.zeros((rows, width - left, width), weights.dtype),
-    )
-    step = functools.partial(_step, column, grid)
-    state = jax.lax.fori_loop(0, width - left, step, state)
-    result = jnp.put_along_axis(result, columns, state.weights, axis=1, inplace=False)
-    if not left:
+  if block_size >= D:
+    state = weights, diagonal, jnp.zeros((rows, D), bool), inverse.matrix
+    return _steps(D, owner, grid, *state).weights
+  matrices, block = inverse.matrix[owner], functools.partial(_block, block_size, grid)
+  for stage in _stages(D, block_size):
+    state = weights, diagonal, jnp.zeros((rows, stage.width), bool), matrices
+    weights, diagonal, finished, matrices = jax.lax.fori_loop(0, stage.num_blocks, block, state)
+    result = jnp.put_along_axis(result, columns, weights, axis=1, inplace=False)
+    if not stage.left:
       return result
-    keep = _first_true(~state.finished, left)
-    if current is None:
-      corners = (owner[:, None, None], keep[:, :, None], keep[:, None, :])
-      current = inverse.matrix.at[corners].get(mode="promise_in_bounds")
-    else:
-      current = _take(_take(current, keep[:, :, None], 1), keep[:, None, :], 2)
-    factors = _take(state.factors, keep[:, None, :], 2)
-    current -= jnp.einsum("rti,rtj->rij", factors, factors, precision=HIGHEST)
-    weights, diagonal, columns = (
-      _take(part, keep, 1) for part in (state.weights, state.diagonal, columns)
-    )
+    keep = _first_true(~finished, stage.left)
+    matrices = _take(_take(matrices, keep[:, :, None], 1), keep[:, None, :], 2)
+    weights, diagonal, columns = (_take(part, keep, 1) for part in (weights, diagonal, columns))
 
 
-def _step(column, grid, t, state):
-  """Rounds one weight of every row, moves the others, and adds a factor."""
+def _block(block_size, grid, _, state):
+  """Eliminates `block_size` columns of every row, or those that are left."""
+  matrices = state[-1]
+  end = _steps(block_size, jnp.arange(len(matrices)), grid, *state)
+  product = jnp.einsum("rti,rtj->rij", end.factors, end.factors, precision=HIGHEST)
+  return end.weights, end.diagonal, end.finished, matrices - product
+
+
+def _steps(block_size, each, grid, weights, diagonal, finished, matrices):
+  """The steps of one block, which leave the matrices as they are; row r reads that of each[r]."""
+  factors = jnp.zeros((len(weights), block_size, weights.shape[1]), weights.dtype)
+  step = functools.partial(_step, matrices, each, grid)
+  return jax.lax.fori_loop(0, block_size, step, _Rows(weights, diagonal, finished, factors))
+
+
+def _step(matrices, each, grid, t, state):
+  """Rounds one weight of every row, moves the others, and adds a factor.
+
+  Where all columns are finished nothing changes.
+  """
   w, diagonal, finished, factors = state
   rounded = grids.nearest(w, grid)
   error = w - rounded
@@ -353,11 +379,13 @@ def _step(column, grid, t, state):
   outlier = squared > 0.25 * grid.scale * grid.scale
   score = jnp.where(outlier, -squared, squared / diagonal)
   j = _argmin(jnp.where(finished, jnp.inf, score))
-  c = column(j) - jnp.einsum(
+  column = matrices.at[each, j].get(mode="promise_in_bounds")
+  c = column - jnp.einsum(
     "rti,rt->ri", factors, _take(factors, j[:, None, None], 2)[:, :, 0], precision=HIGHEST
   )
   c = jnp.where(finished, 0, c)
   d = _take(c, j[:, None], 1)
+  d = jnp.where(d == 0, 1, d)
   chosen = jnp.arange(w.shape[1])[None] == j[:, None]
   w = jnp.where(chosen, rounded, w - c * (_take(error, j[:, None], 1) / d))
   factor = c / jnp.sqrt(d)
@@ -376,16 +404,6 @@ def _first_true(mask, count):
   """Positions of the `count` true entries of each row, in order."""
   positions = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
   return jnp.sort(jnp.where(mask, positions, mask.shape[1]), axis=1)[:, :count]
-
-
-def _take_row(matrices, j):
-  """Row j of each matrix: [rows, R, R], [rows] -> [rows, R]."""
-  return _take(matrices, j[:, None, None], 1)[:, 0]
-
-
-def _take_shared_row(matrices, owner, j):
-  """Row j of the matrix that each row belongs to: [matrices, R, R] -> [rows, R]."""
-  return matrices.at[owner, j].get(mode="promise_in_bounds")
 
 
 def _take(array, indices, axis):

@@ -111,6 +111,8 @@ BLOCKS_AND_CHUNKS = [
   (6, 24, 100, None),
   (6, 24, None, 1),  # one row at once
   (5, 24, 9, 20_000),  # chunks of 3 and 2 rows
+  (2, 29, 1, None),  # finished columns are dropped twice
+  (3, 110, None, None),  # blocks of 22 columns
 ]
 
 
