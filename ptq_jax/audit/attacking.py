@@ -18,6 +18,7 @@ import numpy as np
 
 from ptq_jax import settings, storage
 from ptq_jax.attack import confidence, exposure, guards, privacy, protocol, releases, rmia
+from ptq_jax.audit import training
 from ptq_jax.audit.layout import FULL_PRECISION, Audit, Manifest, variant_name
 from ptq_jax.audit.preflight import MODELS_LEAVE_ONE_OUT
 from ptq_jax.base import as_members, as_scores
@@ -64,6 +65,8 @@ def attack(audit: Audit, *, command: str = "") -> None:
       omitted += [attacked.left_out] if attacked.left_out else []
       stage.advance(1, variant_name(variant))
     found += exposures(audit, evidence)
+  if (curves := training.curves(audit)) is not None:
+    found.append(records.make("training", **curves))
   path = audit.root / "results.jsonl"
   storage.write_records(
     path, [run_record(audit, inputs, command), *found, *warnings(audit, found, omitted)]

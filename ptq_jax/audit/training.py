@@ -210,6 +210,32 @@ class Curve:
     return epoch
 
 
+def curves(audit: Audit) -> dict[str, list[float]] | None:
+  """Mean, lowest and highest loss and accuracy over all models by epoch, lists of [epochs].
+
+  None unless every chunk's can be read to the end: nothing depends on them.
+  """
+  epochs, found = audit.config.train.epochs, []
+  try:
+    for chunk in audit.work.chunks:
+      rows = storage.read_records(audit.model_directory(chunk) / "metrics.jsonl")
+      values = np.array([[row["loss"], row["accuracy"]] for row in rows])  # [rows, 2, M]
+      until = np.array([row["epoch"] for row in rows])
+      weights, epoch = np.diff(until, prepend=0), np.ceil(until)
+      if values.shape[1:] != (2, len(chunk)) or set(epoch) != set(range(1, epochs + 1)):
+        return None
+      each = [np.average(values[epoch == e], 0, weights[epoch == e]) for e in sorted(set(epoch))]
+      found.append(np.stack(each))
+  except (FileNotFoundError, storage.CorruptFileError, KeyError, TypeError, ValueError):
+    return None
+  joined = np.round(np.concatenate(found, axis=-1), 5)  # [epochs, 2, all models]
+  return {
+    f"{name}{suffix}": function(joined[:, i], axis=-1).tolist()
+    for i, name in enumerate(("loss", "accuracy"))
+    for suffix, function in (("", np.mean), ("_low", np.min), ("_high", np.max))
+  }
+
+
 def show(stage: Stage, chunk: Chunk, curve: Curve, done) -> None:
   """Tells of an epoch and writes it down, waiting for the device."""
   if done is not None:

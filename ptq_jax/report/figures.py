@@ -84,7 +84,8 @@ def draw(
     attack: which attack; default `records.main_attack(records)`.
     fpr: at which false-positive rate; default `records.solid_fpr(records)`.
   Returns:
-    Some of "privacy_utility", "roc", "member_fit", "last_layer", "releases", "exposure_overlap".
+    Some of "privacy_utility", "roc", "member_fit", "last_layer", "releases", "exposure_overlap",
+    "training".
   """
   rows = records_lib.side_by_side(records, attack=attack)
   fpr = records_lib.solid_fpr(records, attack=attack) if fpr is None else fpr
@@ -103,6 +104,8 @@ def draw(
     found["releases"] = releases(records, attack=attack, fpr=fpr)
   if any(record["method"] != "none" for record in records_lib.select(records, "exposure")):
     found["exposure_overlap"] = exposure_overlap(records)
+  if records_lib.select(records, "training"):
+    found["training"] = training(records)
   return found
 
 
@@ -403,6 +406,29 @@ def exposure_overlap(records: Sequence[Record]) -> Figure:
     which = f"{top.pop():,} most exposed" if len(top) == 1 and None not in top else "most exposed"
     axes.set_ylabel(f"overlap of the {which}\nwith full precision (Jaccard)")
     _legend(figure, handles)
+  return figure
+
+
+def training(records: Sequence[Record]) -> Figure:
+  """Loss and accuracy on training batches by epoch: means over models, bands over all of them.
+
+  Raises:
+    ValueError: if the records have no training.
+  """
+  found = records_lib.select(records, "training")
+  if not found:
+    raise ValueError("the records tell nothing of the training; nothing to draw.")
+  epochs = np.arange(1, len(found[0]["loss"]) + 1)
+  with matplotlib.rc_context(_STYLE):
+    figure, panels = _panels(2, columns=2, size=3.1, share=False)
+    for axes, name, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
+      mean, low, high = (factor * np.array(found[0][name + end]) for end in ("", "_low", "_high"))
+      axes.fill_between(epochs, low, high, color=MUTED, alpha=0.25, linewidth=0)
+      axes.plot(epochs, mean, color=INK, linewidth=1.5)
+      axes.set_xlabel("epoch")
+      axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("loss of a training batch, nats")
+    panels[1].set_ylabel("accuracy on it, %")
   return figure
 
 

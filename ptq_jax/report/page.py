@@ -50,6 +50,11 @@ CAPTIONS = {
     "Are the most exposed examples the same as at full precision? An overlap of 1 means that they"
     " are, 0 that none of them is.",
   ),
+  "training": (
+    "Training",
+    "Loss and accuracy on the training batches, augmented if the recipe says so: the mean over all"
+    " models, the band from the lowest to the highest.",
+  ),
   "exposed_examples": (
     "The most exposed examples",
     "Training images whose scores differ most between targets that trained on them and targets that"

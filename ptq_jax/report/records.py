@@ -57,6 +57,7 @@ REQUIRED = {
   "unit": ("method", "levels", "last_layer_levels", "unit", "error_nearest", "error_after"),
   "warning": ("about", "message"),
   "exposure": ("method", "levels", "last_layer_levels", "jaccard"),
+  "training": ("loss", "loss_low", "loss_high", "accuracy", "accuracy_low", "accuracy_high"),
 }  # fmt: skip
 """Fields every record of a kind has. More fields are welcome and kept."""
 
@@ -136,7 +137,7 @@ def make(kind: str, **fields) -> dict[str, Any]:
   Arrays become lists, NumPy and JAX scalars become numbers, what is not finite becomes None.
 
   Args:
-    kind: "run", "leakage", "unit", "warning" or "exposure".
+    kind: "run", "leakage", "unit", "warning", "exposure" or "training".
     **fields: the fields of the kind (`REQUIRED`) and any others.
   Raises:
     ValueError: if the kind is unknown or a field is missing or malformed.

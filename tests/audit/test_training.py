@@ -8,6 +8,7 @@ import pytest
 
 from ptq_jax import storage
 from ptq_jax.audit import preflight, stopping, training
+from ptq_jax.report import records
 from ptq_jax.train import shadows
 from tests.audit.conftest import Heard, opened, tiny_config
 
@@ -43,6 +44,16 @@ def test_loss_and_accuracy_of_every_model_and_epoch(finished):
     assert min(row["loss"]) > 0
     assert 0 <= min(row["accuracy"]) <= max(row["accuracy"]) <= 1
     assert np.ptp(row["loss"]) > 0  # each model its own
+
+
+def test_results_have_the_mean_over_all_models(finished, copied):
+  (record,) = records.select(storage.read_records(finished / "results.jsonl"), "training")
+  rows = [storage.read_records(path) for path in finished.glob("models/*/metrics.jsonl")]
+  every = np.array([[row["loss"] for row in each] for each in rows])  # [chunks, epochs, M]
+  np.testing.assert_allclose(record["loss"], every.mean(axis=(0, 2)), atol=1e-5)
+  np.testing.assert_allclose(record["loss_high"], every.max(axis=(0, 2)), atol=1e-5)
+  (copied / CHUNK / "metrics.jsonl").write_text('{"step": 3}\n')
+  assert training.curves(opened(copied)) is None
 
 
 @pytest.mark.parametrize("damage", [None, b"{}\n", b"\xff"])

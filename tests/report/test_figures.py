@@ -25,6 +25,18 @@ def test_draw_makes_what_the_records_allow(example):
   assert list(figures.draw([exposure | {"method": "none"}])) == []
 
 
+def test_training_is_drawn_by_epoch():
+  curves = {f"{name}{end}": [0.5, 0.25] for name in ("loss", "accuracy") for end in ("", "_high")}
+  record = records.make("training", **curves, loss_low=[0.4, 0.1], accuracy_low=[0.3, 0.2])
+  figure = figures.draw([record])["training"]
+  for axes, factor in zip(figure.axes, (1, 100), strict=True):
+    np.testing.assert_allclose(
+      axes.get_lines()[0].get_xydata(), [[1, 0.5 * factor], [2, 0.25 * factor]]
+    )
+  with pytest.raises(ValueError, match="'accuracy_low'"):
+    records.make("training", **curves, loss_low=[])
+
+
 def test_drawing_leaves_no_global_state(example):
   before = dict(matplotlib.rcParams)
   figure = figures.privacy_utility(example.audit(methods=("obc",), sweep=False))
