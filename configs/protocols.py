@@ -171,6 +171,28 @@ def small(config):
   config.attack.attacks = LIRA_OF_FEW_SHADOWS
 
 
+def deep(config):
+  """Where low precision costs members their fit: resnet18, narrow, on half of the pixels.
+
+  Twenty-one layers of 8 to 64 channels just fit 2000 members; one in twenty of these calibrates, as
+  in the paper. At 1.58 bit the network forgets most of the others (BUILD_NOTES.md).
+  """
+  small(config)
+  config.data.image_size = 16
+  config.data.pool_size = 4000
+  config.data.test_size = 2000
+  config.model = dict(name="resnet18", width=8, dtype="float32")
+  config.train.models = 12
+  config.train.models_per_chunk = 6
+  config.train.epochs = 40
+  config.train.schedule = "cosine"
+  config.train.augmentation = ("flip",)
+  config.quantize.methods = ("adaround", "obc")
+  config.quantize.last_layer_levels = ("usual",)
+  config.quantize.sweep_last_layer_at = ()
+  config.quantize.calibration_size = 100
+
+
 LIRA_OF_FEW_SHADOWS = (
   "lira_online_pooled",  # with 14 shadows a variance per example is a coarse guess
   "lira_online",
@@ -180,5 +202,5 @@ LIRA_OF_FEW_SHADOWS = (
 )
 """What attacks when there are few shadows; the first is the main one."""
 
-PROTOCOLS = {"fast": fast, "paper": paper, "small": small, "smoke": smoke}
+PROTOCOLS = {"fast": fast, "paper": paper, "small": small, "deep": deep, "smoke": smoke}
 RECIPES = {"fast": fast_recipe, "paper": paper_recipe}
