@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HERE = pathlib.Path("nowhere")
 STUDIES = ("cifar10", "cifar100", "tiny_imagenet")
 PROTOCOLS = ("fast", "paper", "smoke")  # of all three studies
+REDUCED = ("small", "deep")  # of CIFAR alone
 
 
 def load(name, protocol=None):
@@ -36,7 +37,7 @@ def flat(config):
 
 @pytest.mark.parametrize(
   ("name", "protocol"),
-  [*itertools.product(STUDIES, PROTOCOLS), ("cifar10", "small"), ("cifar100", "small")],
+  [*itertools.product(STUDIES, PROTOCOLS), *itertools.product(("cifar10", "cifar100"), REDUCED)],
 )
 def test_every_name_in_a_config_exists(name, protocol):
   config = load(name, protocol)
@@ -44,9 +45,11 @@ def test_every_name_in_a_config_exists(name, protocol):
   assert models.make(config.model.name, num_classes=10, **model).dtype in ("float32", "bfloat16")
   assert config.train.schedule in optimizer.SCHEDULES
   assert set(config.attack.attacks) <= set(protocols.ATTACKS)
-  for section in (config.train, config.queries):
-    steps = () if protocol == "small" else (("flip", ()), ("crop", (4,)))
-    assert augment.make(section.augmentation).steps == steps
+  usual = (("flip", ()), ("crop", (4,)))
+  of_queries = () if protocol in REDUCED else usual
+  of_training = usual[:1] if protocol == "deep" else of_queries
+  assert augment.make(config.train.augmentation).steps == of_training
+  assert augment.make(config.queries.augmentation).steps == of_queries
   for method in config.quantize.methods:
     section = config.quantize[method]
     settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
