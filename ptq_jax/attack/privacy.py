@@ -14,7 +14,6 @@ arXiv:2302.07956 (Gaussian differential privacy); Dong, Roth and Su 2019, arXiv:
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import scipy.special
 
 from ptq_jax.base import ArrayLike, Shaped, as_members, as_scores
@@ -111,7 +110,9 @@ def epsilon_of_mu(mu: float, *, delta: float = DELTA) -> float:
 
   if excess(0.0) <= 0:
     return 0.0
-  return float(scipy.optimize.brentq(excess, 0.0, mu**2 / 2 + 10 * mu + 10))
+  from scipy import optimize  # half a second, which few commands need
+
+  return float(optimize.brentq(excess, 0.0, mu**2 / 2 + 10 * mu + 10))
 
 
 def lower_bound(
