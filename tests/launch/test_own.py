@@ -64,7 +64,7 @@ def test_an_audit_with_every_method_and_dedicated_targets(tmp_path):
   run = records.select(found, "run")[0]
   assert (run["name"], run["protocol"]) == ("own", "dedicated targets")
   assert run["config"]["model"]["hidden"] == 5
-  assert run["config"]["quantize"]["obc"] == {"damping": 0.1}
+  assert run["config"]["quantize"]["obc"]["damping"] == 0.1
   methods = {record["method"] for record in records.select(found, "leakage")}
   assert methods == {"none", "nearest", "adaround", "brecq", "obc"}
 
