@@ -73,6 +73,18 @@ def headline_fpr(studies: Studies) -> float:
   return max((fpr for fpr in solid if fpr is not None), default=common[0])
 
 
+def telling_studies(studies: Studies, fpr: float) -> Studies:
+  """Without those that find no more than chance in full precision: no fall can show in them."""
+  return {
+    name: records
+    for name, records in studies.items()
+    if not any(
+      row.variant.method == "none" and findings.is_chance(row, fpr)
+      for row in records_lib.side_by_side(records)
+    )
+  }
+
+
 # ---- verdicts ----
 
 
@@ -182,7 +194,8 @@ def _undone(name, records, judged: Mapping[Variant, Difference], fpr: float) -> 
 
 def _fit_points(studies: Studies, fpr: float) -> list[str]:
   """Whether leakage follows the accuracy on members, over all variants of all studies."""
-  found = {name: records_lib.fits(records, fpr) for name, records in studies.items()}
+  telling = telling_studies(studies, fpr)
+  found = {name: records_lib.fits(records, fpr) for name, records in telling.items()}
   lacking = [name for name, fits in found.items() if not fits]
   points = []
   if lacking:
@@ -192,13 +205,14 @@ def _fit_points(studies: Studies, fpr: float) -> list[str]:
       " without."
     )
   best = [fit for fits in found.values() for fit in fits.get("best", {}).values()]
-  for keeps, words in ((True, "keep"), (False, "do not keep")):
+  whose = f"variants of {_listed(name for name, fits in found.items() if fits)}" if best else ""
+  for keeps, words in ((True, "less than 1 point"), (False, "1 point or more")):
     left = [fit.left["value"] for fit in best if (fit.lost.value < KEPT_FIT) == keeps]
     if left:
       low, high = (f"{100 * end:.0f}%" for end in (min(left), max(left)))
       points.append(
-        f"Of the variants of all studies {len(left)} {words} their accuracy on members within"
-        f" {100 * KEPT_FIT:g} point: the best attacker still finds"
+        f"Accuracy on members falls by {words} in {len(left)} of {len(best)} {whose}: the best"
+        " attacker still finds"
         f" {low if low == high else f'{low} to {high}'} of what it finds in full precision."
       )
   if len(best) > 3 and (
@@ -207,9 +221,9 @@ def _fit_points(studies: Studies, fpr: float) -> list[str]:
     )
   ):
     points.append(
-      f"Lost accuracy on members and leakage left to the best attacker have rank correlation"
-      f" {correlation:+.2f} over {len(best)} variants of all studies (variants of one study share"
-      " their networks, so this has no interval)."
+      "Lost accuracy on members and leakage left to the best attacker have rank correlation"
+      f" {correlation:+.2f} over {len(best)} {whose} (those of one study share their networks, so"
+      " this has no interval)."
     )
   return points
 
@@ -249,12 +263,13 @@ def _rate_points(studies: Studies, fpr: float) -> list[str]:
       "The studies have TPRs at different false-positive rates; only those in common are compared:"
       f" {_rates(common_fprs(studies))}."
     )
-  for name, records in studies.items():
-    full = [r for r in records_lib.side_by_side(records) if r.variant.method == "none"]
-    if full and findings.is_chance(full[0], fpr):
-      points.append(
-        f"{name} finds nothing measurable in full precision, so no fall can show there."
-      )
+  telling = telling_studies(studies, fpr)
+  points += [
+    f"{name} finds nothing measurable in full precision, so no fall can show there, and leakage is"
+    " not set against accuracy on members."
+    for name in studies
+    if name not in telling
+  ]
   weak = [
     name
     for name, records in studies.items()
@@ -386,9 +401,10 @@ def _shown(values: Mapping, key: str) -> str:
 def draw(studies: Studies) -> dict:
   """The figures that these records allow, by name."""
   fpr = headline_fpr(studies)
-  if not any(records_lib.fits(records, fpr) for records in studies.values()):
+  telling = telling_studies(studies, fpr)
+  if not any(records_lib.fits(records, fpr) for records in telling.values()):
     return {}
-  return {"member_fit": figures.member_fit(studies, fpr=fpr)}
+  return {"member_fit": figures.member_fit(telling, fpr=fpr)}
 
 
 def render(studies: Studies, drawn: Mapping) -> str:
