@@ -241,10 +241,8 @@ def member_fit(
             markersize=5.5, elinewidth=0.8, alpha=0.85,
           )  # fmt: skip
       axes.set_title(records_lib.COMPARED[who].capitalize())
-      axes.set_xscale("symlog", linthresh=1, linscale=0.6)
-      axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
       axes.set_xlabel("member accuracy lost, points")
-    _scale_left(panels)
+    _scale_fit(panels)
     panels[0].set_ylabel(f"TPR at {percent_words(fpr)} FPR,\ndivided by full precision's")
     handles = _method_handles(methods)
     if len(studies) > 1:
@@ -676,24 +674,28 @@ def _scale_rate(panels: Sequence[Axes], fpr: float) -> None:
 # ---- parts of leakage against lost member fit ----
 
 
-def _scale_left(panels: Sequence[Axes]) -> None:
-  """Logarithmic; intervals that reach far beyond the points are cut."""
-  values = [y for axes in panels for line in axes.get_lines() for y in np.atleast_1d(
-    line.get_ydata()) if line.get_marker() not in ("None", "_", "|", "")]  # fmt: skip
-  panels[0].set_yscale("log")
-  panels[0].set_ylim(min([*values, 1]) / 1.6, 1.6 * max([*values, 1]))
-  low, high = panels[0].get_ylim()
+def _scale_fit(panels: Sequence[Axes]) -> None:
+  """Limits and ticks by the points; intervals that reach far beyond them are cut."""
+  marked = [line.get_xydata()[0] for axes in panels for line in axes.get_lines()
+            if line.get_marker() in (*STUDY_MARKS, *_MARKERS.values(), "X")]  # fmt: skip
+  lost, left = np.reshape(marked, (-1, 2)).T
+  (start, stop), (low, high) = (
+    (1.6 * min([*lost, -0.3]), 1.6 * max([*lost, 0.8])),
+    (min([*left, 1]) / 1.6, 1.6 * max([*left, 1])),
+  )
   for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
     ticks = [s * 10.0**n for n in range(-6, 4) for s in steps if low <= s * 10.0**n <= high]
     if len(ticks) > 3:
       break
-  panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-  panels[0].minorticks_off()
-  left, right = panels[0].get_xlim()
-  panels[0].set_xlim(left := min(left, -0.5), right := max(right, 1.0))
-  ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50]
   for axes in panels:
-    axes.set_xticks([tick for tick in ticks if left <= tick <= right])
+    axes.set_yscale("log")
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xscale("symlog", linthresh=1, linscale=0.6)
+    axes.set_xticks([x for x in (-50, -20, -5, -1, 0, 1, 2, 5, 10, 20, 50) if start <= x <= stop])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_xlim(start, stop)
+    axes.set_ylim(low, high)
 
 
 # ---- parts of the sweep ----
