@@ -235,7 +235,10 @@ def calibration(
   fprs: Sequence[float] = (0.01, 0.001),
   rule: str = "at_most",
 ) -> Table:
-  """Leakage of the members that calibrated the quantizer beside that of the other members."""
+  """Leakage of the members that calibrated the quantizer beside that of the other members.
+
+  At those of `fprs` that were recorded, or at all if none of them was.
+  """
   attack = records_lib.main_attack(records) if attack is None else attack
   parts = {
     part: {
@@ -245,7 +248,8 @@ def calibration(
     for part in ("calibration members", "other members", "calibration among members")
   }
   own, others, among = parts.values()
-  fprs = [f for f in fprs if any(records_lib.calibration_gap(r, f, rule) for r in own.values())]
+  known = records_lib.false_positive_rates(own.values())
+  fprs = [fpr for fpr in known if fpr in fprs] or known
   columns = [*variant_columns(), Column("shadows", words=True), Column("AUC of\none by other")]
   gaps = {}
   for fpr in fprs:
@@ -270,7 +274,7 @@ def calibration(
     *_interval_notes(list(own.values())),
     *mark_notes(rows),
   ]
-  return Table("Members that calibrated the quantizer", columns, rows if fprs else [], notes)
+  return Table("Members that calibrated the quantizer", columns, rows, notes)
 
 
 def classes(records: Sequence[Record], *, attack: str | None = None) -> Table:

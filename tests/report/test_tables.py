@@ -318,4 +318,6 @@ def test_calibration_members_stand_beside_the_others(example):
   pair = [cell(table, 1, f"{part}\nmembers", group).sort for part in ("calibration", "other")]
   assert pair[0] == records.tpr_at(found[1], 0.01)["value"]
   assert pair[1] == records.tpr_at(found[2], 0.01)["value"]
+  groups = {column.group for column in tables.calibration(found, fprs=(0.05,)).columns}
+  assert groups == {"", *(f"TPR % at {rate} FPR" for rate in ("10%", "1%", "0.1%"))}
   assert tables.calibration([example.leakage()]).rows == []
