@@ -44,7 +44,7 @@ FILES = (
 
 
 def flipped(data):
-  """A bit of each of 128 bytes: headers inside an archive are shorter, and some bytes of them idle."""
+  """A bit of each of 128 bytes: a header inside an archive is shorter, and may say nothing."""
   start = len(data) // 2
   stop = start + 128
   return data[:start] + bytes(byte ^ 1 for byte in data[start:stop]) + data[stop:]
