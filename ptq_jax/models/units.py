@@ -83,6 +83,11 @@ class Layer:
     return f"params/{self.path}/{self.parameter}"
 
   @property
+  def unnamed(self) -> "Layer":
+    """The layer without its path: equal layers then share what is compiled for one."""
+    return dataclasses.replace(self, path="")
+
+  @property
   def geometries(self) -> tuple["Layer", ...]:
     """One record per call of the layer."""
     return (self, *self.also)

@@ -10,7 +10,6 @@ Two forms of one objective. "mini_batch" is the paper's: stochastic steps on bat
 activation has, and takes full-batch steps on that (`quadratic`).
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -203,8 +202,7 @@ def by_moments(*, schedule: Schedule = SECOND_MOMENT, stop: str, sweeps: int = S
 
 def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
   sums = walk.stack([_layer_moments(site, layer, int(index)) for index in active])
-  shape = dataclasses.replace(layer, path="")  # layers of equal shape share a compilation
-  found, solution = _solve(shape, schedule, stop, sweeps, kernels, grids, sums)
+  found, solution = _solve(layer.unnamed, schedule, stop, sweeps, kernels, grids, sums)
   return found, *(np.asarray(part) for part in solution[1:])
 
 
@@ -294,15 +292,16 @@ def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
     inputs.append(x.inputs)
     rows = capture.output_rows(capture.without_bias(full, layer, y.outputs), layer)
     targets.append(jnp.moveaxis(rows, 0, 1).reshape(len(x.inputs), -1, layer.num_columns))
+  run = LayerRun(layer.unnamed)
+  name = run.layer.path
   problems = reconstruct.Problem(
-    {layer.path: kernels}, {layer.path: grids}, {}, walk.stack(inputs), walk.stack(targets)
+    {name: kernels}, {name: grids}, {}, walk.stack(inputs), walk.stack(targets)
   )
   keys = walk.rows(site.keys, active)
-  run = LayerRun(layer)
   alphas, steps = reconstruct.minimize(run, problems, keys, schedule=schedule, stop=stop)
   at_once = capture.images_at_once([layer], memory_bytes=capture.batch_bytes() // len(active))
   kernels, before, after = reconstruct.finish(run, problems, alphas, batch_size=at_once)
-  return kernels[layer.path], before, after, steps
+  return kernels[name], before, after, steps
 
 
 def _layer_calls(site, layer, variables, inputs) -> capture.Call:

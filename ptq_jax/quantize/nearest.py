@@ -154,8 +154,8 @@ def _layer(solve, options, layer, original, hessians, levels):
   found = (None,) * 5  # if all is kept in full precision
   if distinct:
     given = (*options, ("two_levels", distinct[0] == grid.MIN_LEVELS))
-    job, fitted, before = _round(layer, given, original, hessians, np.array(distinct))
-    kernels, after = _keep_better(layer, job, solve(job), before)
+    job, fitted, before = _round(layer.unnamed, given, original, hessians, np.array(distinct))
+    kernels, after = _keep_better(layer.unnamed, job, solve(job), before)
     found = kernels.astype(original.dtype), before, after, fitted.scale, fitted.zero_point
   kernels, *parts = _by_plan(where, layer.grid_shape, original, found)
   before, after, scale, zero_point = jax.device_get(parts)

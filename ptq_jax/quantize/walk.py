@@ -176,7 +176,7 @@ def fit_grids(
   levels = site.levels[layer.path]
   counts = np.where(levels > 0, levels, 256)
   given = options | {"two_levels": bool((counts == grid.MIN_LEVELS).any())}
-  return kernels, _fit(layer, tuple(sorted(given.items())), kernels, counts), levels
+  return kernels, _fit(layer.unnamed, tuple(sorted(given.items())), kernels, counts), levels
 
 
 def replace_kernels(
