@@ -67,6 +67,11 @@ def device_memory_bytes() -> int:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether less work at once may succeed."""
+  return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def together(
   model: nn.Module, *, num_models: int, batch_shape: Sequence[int], devices: int = 1
 ) -> int:

@@ -10,6 +10,8 @@ numbers do not depend on who shares it.
 """
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -72,6 +74,7 @@ class Predictor:
       return parallel.sharded(reduced, in_axes=(0, axis, None), mesh=mesh)(*arguments)
 
     self._run_body, self._run_head = run_body, run_head
+    self._most_together = sys.maxsize
 
   def __call__(
     self,
@@ -83,10 +86,14 @@ class Predictor:
   ) -> Shaped[np.ndarray, "M E V *rest"]:
     """Reduced outputs of M stacked models for E examples, on the host.
 
-    The models are shared among the devices of this process, see `parallel.mesh_for`.
+    The models are shared among the devices of this process, see `parallel.mesh_for`, and run some
+    at a time, big ones one by one, see `parallel.together`. When memory runs out, half as many run
+    at once from there on, also in later calls, with a warning.
 
     Raises:
       ValueError: for a batch size below 1.
+      jax.errors.JaxRuntimeError: when one model at a time takes too much memory; take a smaller
+        batch.
     """
     body, head = units.split(self._model, variables)
     return self.with_heads(body, [head], images, labels, batch_size=batch_size)[0]
@@ -113,31 +120,50 @@ class Predictor:
     batch_size = min(batch_size, num_examples)
     mesh = parallel.mesh_for(num_models)
     images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
-    size = parallel.together(
+    devices = mesh.size if mesh else 1
+    together = parallel.together(
       self._model,
       num_models=num_models,
       batch_shape=(batch_size, *images.shape[1:]),
-      devices=mesh.size if mesh else 1,
+      devices=devices,
     )
-    shares = parallel.rounds(num_models, together=size, mesh=mesh)
-    at_least = shares[0].stop if len(shares) > 1 else 0
-    rows = [[] for _ in heads]
-    for share in shares:
+    rows, done = [[] for _ in heads], 0
+    while done < num_models:
+      together = min(together, self._most_together)
+      share = slice(done, min(done + together * devices, num_models))
+      at_least = together * devices if num_models > together * devices else 0
       some = (body, list(heads))
-      some = some if len(shares) == 1 else trees.take(some, share)
-      some = parallel.place(some, mesh, at_least=at_least)
-      parts = [[] for _ in heads]
-      for start in range(0, num_examples, batch_size):
-        # The last batch starts earlier instead of being smaller: one shape, one compilation.
-        first = min(start, num_examples - batch_size)
-        positions = jnp.arange(first, first + batch_size)
-        features = self._run_body(mesh, some[0], images[positions], positions)
-        for head, kept in zip(some[1], parts, strict=True):
-          kept.append(self._run_head(mesh, head, features, labels[positions])[:, start - first :])
-      for row, kept in zip(rows, parts, strict=True):
-        scores = np.concatenate([np.asarray(part) for part in kept], axis=1)
-        row.append(scores[: min(share.stop, num_models) - share.start])
+      some = some if share == slice(0, num_models) else trees.take(some, share)
+      try:
+        found = self._of_share(mesh, some, at_least, images, labels, batch_size)
+      except jax.errors.JaxRuntimeError as error:
+        if not parallel.is_out_of_memory(error) or together == 1:
+          raise
+        self._most_together = together // 2
+        warnings.warn(
+          f"out of memory with {together} models at once on a device; going on with "
+          f"{together // 2}. Their numbers may differ in the last digits from those of {together}.",
+          stacklevel=3,
+        )
+        continue
+      for row, scores in zip(rows, found, strict=True):
+        row.append(scores[: share.stop - share.start])
+      done = share.stop
     return [np.concatenate(row) for row in rows]
+
+  def _of_share(self, mesh, some, at_least, images, labels, batch_size) -> list[np.ndarray]:
+    """Per head, what some of the models give for all examples."""
+    num_examples = len(labels)
+    body, heads = parallel.place(some, mesh, at_least=at_least)
+    parts = [[] for _ in heads]
+    for start in range(0, num_examples, batch_size):
+      # The last batch starts earlier instead of being smaller: one shape, one compilation.
+      first = min(start, num_examples - batch_size)
+      positions = jnp.arange(first, first + batch_size)
+      features = self._run_body(mesh, body, images[positions], positions)
+      for head, kept in zip(heads, parts, strict=True):
+        kept.append(self._run_head(mesh, head, features, labels[positions])[:, start - first :])
+    return [np.concatenate([np.asarray(part) for part in kept], axis=1) for kept in parts]
 
 
 def is_correct(logits, labels):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variables
+from ptq_jax.models import parallel
 from ptq_jax.models.from_nnx import Model
 from ptq_jax.quantize import batchnorm as batchnorms
 from ptq_jax.quantize import grid as grids
@@ -241,7 +242,7 @@ def _halving_memory(function, memory_bytes):
     try:
       return jax.block_until_ready(function(memory_bytes))
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error) or memory_bytes < 2**20:
+      if not parallel.is_out_of_memory(error) or memory_bytes < 2**20:
         raise
       memory_bytes //= 2
       warnings.warn(

@@ -24,7 +24,7 @@ from flax import nnx
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
-from ptq_jax.models import conv, from_nnx, units
+from ptq_jax.models import conv, from_nnx, parallel, units
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, grid, plan
@@ -131,7 +131,7 @@ def quantize_stacked(
     try:
       done, notes = _run_chunk(method, keys, model, variables, images, plans, chain, chunk)
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error) or len(chunk) == 1:
+      if not parallel.is_out_of_memory(error) or len(chunk) == 1:
         raise
       size = len(chunk) // 2
       warnings.warn(

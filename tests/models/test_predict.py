@@ -80,6 +80,33 @@ def test_heads_share_the_rest(setup, monkeypatch):
   assert not np.array_equal(*found)
 
 
+def test_out_of_memory_halves_the_models_and_goes_on(setup, monkeypatch):
+  model, one, images, labels = setup
+  run = predict.Predictor(model, prepare=two_views, reduce=lambda logits, labels: logits)
+  stacked = trees.stack([*one, one[0], one[1]])
+  expected = run(stacked, images, labels, batch_size=4)
+  tried, run_head, fails = [], run._run_head, {1, 5}  # the second time within a share
+
+  def cramped(mesh, head, *rest):
+    tried.append(trees.length(head))
+    if len(tried) in fails:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    return run_head(mesh, head, *rest)
+
+  monkeypatch.setattr(run, "_run_head", cramped)
+  with pytest.warns(UserWarning, match="out of memory with . models at once .* going on with"):
+    found = run(stacked, images, labels, batch_size=6)
+  assert tried == [5, 2, 2, 2, 2] + [1] * 6
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  tried.clear()
+  fails.clear()
+  np.testing.assert_array_equal(run(stacked, images, labels, batch_size=6)[2:], found[2:])
+  assert tried == [1] * 10  # remembered
+  fails.add(12)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    run(stacked, images, labels, batch_size=6)
+
+
 def test_a_model_without_units():
   class Plain(nn.Module):
     @nn.compact
