@@ -142,9 +142,9 @@ def each_layer(
     steps = np.zeros(after.shape, int)
     records.append(Record(layer.path, before, after, steps, seconds, {layer.path: grids}))
     start = end
-  copies = _repeat(len(plans), variables)
+  rest = {path: leaf for path, leaf in trees.flatten(variables).items() if path not in kernels}
   records += plan.kept_records(kept, num_plans=len(plans), num_models=len(images))
-  return trees.replace(copies, kernels), records
+  return trees.replace(variables, kernels | _repeat(len(plans), rest)), records
 
 
 def _layer(solve, options, layer, original, hessians, levels):

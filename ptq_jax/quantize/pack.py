@@ -12,8 +12,8 @@ import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from ptq_jax import trees
 from ptq_jax.base import ArrayLike, Int, UInt8, Variables
 from ptq_jax.quantize import grid as grids
 from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.plan import Record
 
 FORMAT = 1
 """Version of the file format."""
@@ -91,7 +92,7 @@ def pack(variables: Variables, grids_by_layer: Mapping[str, Grid]) -> Packed:
     grids_by_layer: by path of the layer, "stem/conv", or of the parameter; scale and zero point
       broadcastable against the kernel, levels one number (or an array of equal ones), 0 for full
       precision.
-      This is what the `grids` of all records of a method hold, joined.
+      `grids_of(records)` of a method's records.
   Raises:
     ValueError: a layer that is not there, levels that differ, or a kernel that is not on its grid.
   """
@@ -160,14 +161,37 @@ def size(packed: Packed) -> Size:
   )
 
 
-def save(path: pathlib.Path | str, packed: Packed) -> None:
-  """Writes one .npz file, whole or not at all."""
+def save(
+  path: pathlib.Path | str,
+  quantized: Packed | Variables,
+  records: Sequence[Record] | None = None,
+) -> None:
+  """Writes one .npz file, whole or not at all.
+
+  Args:
+    quantized: of `pack`; or the variables that a method returned, together with its `records`.
+  Raises:
+    ValueError: variables without records, Packed with them, or what `pack` refuses.
+  """
+  if isinstance(quantized, Packed) != (records is None):
+    raise ValueError("save needs either the result of pack, or variables and their records.")
+  packed = quantized if records is None else pack(quantized, grids_of(records))
+  write_whole(path, lambda file: np.savez(file, **to_arrays(packed)))
+
+
+def grids_of(records: Sequence[Record]) -> dict[str, Grid]:
+  """The grids of all layers, as `pack` takes them, from the records of a method."""
+  return {path: grid for record in records for path, grid in record.grids.items()}
+
+
+def write_whole(path: pathlib.Path | str, write: Callable[[BinaryIO], None]) -> None:
+  """Lets `write` write a file that appears at `path` only when it is on the disk as a whole."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with temporary.open("wb") as file:
-      np.savez(file, **to_arrays(packed))
+      write(file)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptq_jax import trees
-from ptq_jax.quantize import grid, pack
+from ptq_jax.quantize import grid, pack, plan
 from ptq_jax.quantize.grid import Grid
 
 
@@ -71,6 +71,20 @@ def model(levels, dtype=np.float32, models=(), include_zero=True):
   unquantized = Grid(np.ones((*models, 1, 3)), np.zeros((*models, 1, 3)), np.zeros(models, int))
   levels = np.full(models, levels) if models else levels
   return variables, {"conv": fitted._replace(levels=levels), "head": unquantized}
+
+
+def test_variables_and_records_are_saved_in_one_call(tmp_path):
+  variables, grids = model(3)
+  numbers = (np.zeros(()),) * 4
+  records = [plan.Record(path, *numbers, {path: one}) for path, one in grids.items()]
+  pack.save(tmp_path / "model.npz", variables, records)
+  loaded = pack.load(tmp_path / "model.npz")
+  assert loaded.kernels.keys() == {"params/conv/kernel"}
+  assert loaded.full == ("params/head/kernel",)
+  assert_same(pack.unpack(loaded), variables)
+  for wrong in ((variables,), (loaded, records)):
+    with pytest.raises(ValueError, match="either the result of pack, or variables and their rec"):
+      pack.save(tmp_path / "other.npz", *wrong)
 
 
 def assert_same(found, variables):
