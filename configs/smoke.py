@@ -2,7 +2,7 @@
 
 What: 8 tiny networks on 200 handwritten digits, quantized with every method at two precisions. The
 numbers mean nothing.
-Command: bash launch/run audit --config configs/smoke.py --workdir runs/smoke
+Command: bash launch/run audit --config smoke
 Hardware and time: 2 CPU cores, under a minute.
 Argument: --config=configs/smoke.py:models=16 sets the number of models.
 """

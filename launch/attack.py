@@ -29,8 +29,6 @@ OPTIONS = {
 }
 """Further flags."""
 
-WORKDIR = pathlib.Path("runs/digits")
-
 
 def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> None:
   """The stage alone, or an attack on saved scores."""
@@ -42,7 +40,7 @@ def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> No
     with work.pinned_randomness():
       attacking.attack(audit, command=command)
     return
-  if workdir == WORKDIR:
+  if not flags.given("workdir"):
     workdir = pathlib.Path("runs", f"scores-{pathlib.Path(scores).stem}")
   with work.pinned_randomness():
     attacking.attack_files(
@@ -53,9 +51,7 @@ def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> No
 
 
 def main() -> None:
-  flags.launch(
-    run, config="configs/digits.py", workdir=str(WORKDIR), description=__doc__, options=OPTIONS
-  )
+  flags.launch(run, description=__doc__, options=OPTIONS)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,6 @@ def run(config, workdir, *, shard, models=None, verify=False, tensorboard=False)
 def main() -> None:
   flags.launch(
     run,
-    config="configs/digits.py",
-    workdir="runs/digits",
     description=__doc__,
     switches={
       "verify": "Only check every file of the workdir and say what is wrong.",

@@ -26,7 +26,7 @@ USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryErro
 BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError)
 
 FLAGS = {
-  "workdir": "Where everything is written, and resumed from.",
+  "workdir": "Where everything is written, and resumed from; runs/NAME of --config=NAME.py.",
   "models": "Folder of the trained models, if not WORKDIR/models; several audits may share one.",
   "shard": "I/N: do part I of N of the models, from 0/N on; auto: as a scheduler's variables say.",
   "compilation_cache": "Folder of JAX's compilation cache ('' for none).",
@@ -36,9 +36,9 @@ FLAGS = {
 def launch(
   run: Callable[..., None],
   *,
-  config: str,
-  workdir: str,
   description: str,
+  config: str = "configs/digits.py",
+  workdir: str | None = None,
   options: Mapping[str, str] | None = None,
   switches: Mapping[str, str] | None = None,
   several: Mapping[str, str] | None = None,
@@ -48,9 +48,9 @@ def launch(
   Args:
     run: one stage, or all of them; its config is a ConfigDict, its workdir a path, and it gets the
       flags `models` and `shard` as keywords, too.
-    config: the default of --config, a path.
-    workdir: the default of --workdir.
     description: what `--help` says first.
+    config: the default of --config, a path.
+    workdir: the default of --workdir; None: runs/NAME with the name of the config's file.
     options: help texts of further flags by name; their values are strings, or None.
     switches: likewise of flags that are true or false.
     several: likewise of at most one flag that takes all words that belong to no flag: a list.
@@ -65,7 +65,8 @@ def launch(
   for name, text in several.items():
     flags.DEFINE_multi_string(name, None, text)
   debug = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-  values = _define_config(settings.shipped(_base(sys.argv, config)))
+  default = settings.shipped(_base(sys.argv, config))
+  values = _define_config(default)
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):
     print(_help(description, flags.FLAGS["config"].value, (*options, *switches, *several)))
     sys.exit(0)
@@ -91,6 +92,8 @@ def launch(
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
       use_compilation_cache(flags.FLAGS.compilation_cache)
       where = flags.FLAGS.workdir
+      if where is None:
+        where = os.path.join("runs", pathlib.Path(_path_of(sys.argv, default).split(":")[0]).stem)
       run(_checked(values.value), pathlib.Path(where) if where else "", shard=shard, **chosen)
     except stopping.Stopped as stopped:
       _say(f"stopped by {stopped}; the same command goes on from what is saved.", 0)
@@ -110,6 +113,11 @@ def _base(arguments, default):
   """The config for these arguments if they name none: own data and models have one of their own."""
   own = tuple(f"--config.{key}=" for key in ("data.name", "model.name"))
   return "configs/own.py" if any(a.startswith(own) for a in arguments) else default
+
+
+def given(name: str) -> bool:
+  """Whether a flag stands on the command line."""
+  return flags.FLAGS[name].present > 0
 
 
 def command_line() -> str:

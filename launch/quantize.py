@@ -21,7 +21,7 @@ def run(config, workdir, *, shard, models=None) -> None:
 
 
 def main() -> None:
-  flags.launch(run, config="configs/digits.py", workdir="runs/digits", description=__doc__)
+  flags.launch(run, description=__doc__)
 
 
 if __name__ == "__main__":

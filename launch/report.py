@@ -33,8 +33,6 @@ def run(config, workdir, *, shard, models=None, compare=None, out=None) -> None:
 def main() -> None:
   flags.launch(
     run,
-    config="configs/digits.py",
-    workdir="runs/digits",
     description=__doc__,
     options={"out": "With --compare: where it is written, runs/comparison if not given."},
     several={"compare": "Folders of the studies to put side by side."},

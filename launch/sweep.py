@@ -373,7 +373,6 @@ def main() -> None:
     lambda config, workdir, **_: run(
       config, workdir, base=base, sweep=sweep.value, dry_run=dry_run.value
     ),
-    config="configs/digits.py",
     workdir="runs/sweep",
     description=__doc__,
   )

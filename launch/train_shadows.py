@@ -24,8 +24,6 @@ def run(config, workdir, *, shard, models=None, tensorboard=False) -> None:
 def main() -> None:
   flags.launch(
     run,
-    config="configs/digits.py",
-    workdir="runs/digits",
     description=__doc__,
     switches={"tensorboard": progress.TENSORBOARD},
   )

@@ -15,7 +15,7 @@ from launch import flags
 from ptq_jax.audit import stopping
 def run(config, workdir, **_):
   raise {error}
-flags.launch(run, config={config!r}, workdir="runs/x", description="Says hello.")
+flags.launch(run, config={config!r}, description="Says hello.")
 """
 
 
@@ -50,18 +50,18 @@ def test_what_the_user_can_repair_is_one_sentence_and_code_2(arguments, sentence
 SEVERAL = """
 from launch import flags
 def run(config, workdir, *, compare, out, **_):
-  print(compare, out, config.train.epochs)
-flags.launch(run, config="configs/digits.py", workdir="runs/x", description="Says hello.",
-             options={"out": ""}, several={"compare": ""})
+  print(compare, out, config.train.epochs, workdir)
+flags.launch(run, description="Says hello.", options={"out": ""}, several={"compare": ""})
 """
 
 
-def test_a_flag_of_several_takes_the_words_and_flags_may_follow():
-  words = ("--compare", "a", "b", "--out=c", "--config.train.epochs=3", "d")
+def test_a_flag_of_several_takes_the_words_and_a_workdir_is_called_like_its_config():
+  words = ["--compare", "a", "b", "--out=c", "--config=smoke:models=8"]
+  words += ["--config.train.epochs=3", "d"]
   done = subprocess.run(
     [sys.executable, "-c", SEVERAL, *words], cwd=ROOT, capture_output=True, text=True
   )
-  assert done.stdout == "['a', 'b', 'd'] c 3\n", done.stderr
+  assert done.stdout == "['a', 'b', 'd'] c 3 runs/smoke\n", done.stderr
 
 
 def test_failures_are_code_1_and_debug_shows_the_traceback():
