@@ -13,7 +13,7 @@ from ptq_jax import settings, storage
 from ptq_jax.audit import events
 from ptq_jax.audit.layout import Manifest
 from ptq_jax.data import load
-from ptq_jax.report import comparison, figures, findings, page, records, tables
+from ptq_jax.report import comparison, findings, page, records, tables
 
 IMAGES = ("exposed.npz", "figures/exposed_examples.png", "figures/exposed_examples.svg")
 """Files that hold training images."""
@@ -186,8 +186,11 @@ def write_report(
   found: list[dict], workdir: pathlib.Path, listener, *, options: Mapping[str, Any], images=None
 ) -> list[pathlib.Path]:
   """Writes all files of the report; `images` are those of the most exposed examples."""
-  drawn = figures.draw(found) if options["figures"] else {}
-  written = []
+  drawn, written = {}, []
+  if options["figures"]:
+    from ptq_jax.report import figures  # matplotlib takes long to import
+
+    drawn = figures.draw(found)
   if images is not None:
     examples = tables.most_exposed(found)
     captions = [f"{each['label']}\nexposure {each['exposure']:z.1f}" for each in examples]
@@ -220,6 +223,8 @@ def write_report(
 
 def _write_figures(folder: pathlib.Path, drawn: Mapping[str, Any], stage) -> list[pathlib.Path]:
   """Writes figures/NAME.png and .svg."""
+  from ptq_jax.report import figures
+
   written = []
   for name, figure in drawn.items():
     png, svg = (folder / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ptq_jax.report import figures, findings, page, tables
+from ptq_jax.report import findings, page, tables
 from ptq_jax.report import records as records_lib
 from ptq_jax.report.records import Difference, Record, Variant
 from ptq_jax.report.tables import Cell, Column, Table, percent_words
@@ -42,6 +42,8 @@ CLAIMS = {
 
 def require_comparable(studies: Studies) -> None:
   """Raises ValueError, one sentence, if these are not studies that can be compared."""
+  from ptq_jax.report import figures  # matplotlib takes long to import
+
   most = len(figures.STUDY_MARKS)
   if not 2 <= len(studies) <= most:
     raise ValueError(f"a comparison needs 2 to {most} studies, not {len(studies)}.")
@@ -400,6 +402,8 @@ def _shown(values: Mapping, key: str) -> str:
 
 def draw(studies: Studies) -> dict:
   """The figures that these records allow, by name."""
+  from ptq_jax.report import figures
+
   fpr = headline_fpr(studies)
   telling = telling_studies(studies, fpr)
   if not any(records_lib.fits(records, fpr) for records in telling.values()):

@@ -10,9 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from ptq_jax.report import figures as figures_lib
 from ptq_jax.report import findings, tables
 from ptq_jax.report import records as records_lib
 from ptq_jax.report.records import Record, Row
@@ -178,7 +175,7 @@ READING = (
 
 def render(
   records: Sequence[Record],
-  figures: Mapping[str, Figure] | None = None,
+  figures: Mapping[str, Any] | None = None,
   *,
   attack: str | None = None,
   fpr: float | None = None,
@@ -187,7 +184,7 @@ def render(
 
   Args:
     records: any records (`records.validate_all`).
-    figures: what to show by name (`CAPTIONS`), in order; default `figures.draw(records)`.
+    figures: matplotlib figures by name (`CAPTIONS`), in order; default `figures.draw(records)`.
     attack: which attack; default `records.main_attack(records)`.
     fpr: which false-positive rate the words quote; default `records.solid_fpr(records)`.
   Returns:
@@ -195,7 +192,10 @@ def render(
   """
   attack = records_lib.main_attack(records) if attack is None else attack
   fpr = records_lib.solid_fpr(records, attack=attack) if fpr is None else fpr
-  figures = figures_lib.draw(records, attack=attack, fpr=fpr) if figures is None else figures
+  if figures is None:
+    from ptq_jax.report import figures as figures_lib  # matplotlib takes long to import
+
+    figures = figures_lib.draw(records, attack=attack, fpr=fpr)
   found = findings.summarize(records, attack=attack, fpr=fpr)
   runs = records_lib.select(records, "run")
   name = str(runs[0]["name"]) if runs else "audit"
@@ -309,8 +309,10 @@ def main_table(table: Table, csv: str) -> str:
   return f"<section><h2>{escape(table.title)}</h2>{hint}{table_html(table)}<p>{link}</p></section>"
 
 
-def drawn(figures: Mapping[str, Figure]) -> str:
+def drawn(figures: Mapping[str, Any]) -> str:
   """Figures with their captions."""
+  from ptq_jax.report import figures as figures_lib
+
   parts = []
   for i, (name, figure) in enumerate(figures.items()):
     title, caption = CAPTIONS.get(name, (name.replace("_", " "), ""))

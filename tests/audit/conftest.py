@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ptq_jax import audit, settings, storage
-from ptq_jax.audit import preflight, reporting
-from ptq_jax.report import records
+from ptq_jax.audit import preflight
+from ptq_jax.report import figures, records
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def assert_same(one, other):
 def few():
   """Two small figures instead of all: they take most of the time, and have their own tests."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(reporting.figures, "draw", lambda found: {n: small_figure() for n in FIGURES})
+    patch.setattr(figures, "draw", lambda found: {n: small_figure() for n in FIGURES})
     yield
 
 
