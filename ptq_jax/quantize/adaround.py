@@ -117,6 +117,7 @@ def quantize_stacked(
     raise ValueError(f'form must be "auto", "mini_batch" or "second_moment", got {form!r}.')
   reconstruct.check_stop(stop)
   layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
+  capture.check_groups(layers, plans, grid_options)
   num_images = np.shape(images)[1]
   forms = {
     layer.path: choose_form(layer, num_images, second_moment, mini_batch)

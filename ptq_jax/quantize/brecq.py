@@ -113,7 +113,8 @@ def quantize_stacked(
   if form not in ("auto", "mini_batch"):
     raise ValueError(f'form must be "auto" or "mini_batch", got {form!r}.')
   reconstruct.check_stop(stop)
-  _layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
+  layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
+  capture.check_groups(layers, plans, grid_options)
   images = jnp.asarray(images)
   if labels is not None:
     labels = _checked_labels(labels, model, variables, images)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -231,17 +231,28 @@ def matrix_kernel(
 
 
 def fit_grid(kernel: Shaped[ArrayLike, "..."], layer: Layer, **options) -> Grid:
-  """`grid.fit` of a kernel, one grid per output channel, broadcastable against the kernel."""
+  """`grid.fit` of a kernel, per output channel or group, broadcastable against the kernel."""
   plain = layer.axes == tuple(range(kernel.ndim)) and len(layer.outputs) == 1
   if plain:
     return grid.fit(kernel, **options)
   columns = jnp.transpose(kernel, layer.axes).reshape(layer.num_rows, layer.num_columns)
   fitted = grid.fit(columns, **options)
-  shape = [layer.grid_shape[axis] for axis in layer.axes]
+  whole = layer.grid_shape if len(fitted.scale) == 1 else layer.kernel_shape
+  shape = [whole[axis] for axis in layer.axes]
   scale, zero_point = (
     jnp.transpose(part.reshape(shape), np.argsort(layer.axes)) for part in fitted[:2]
   )
   return Grid(scale, zero_point, fitted.levels)
+
+
+def check_groups(
+  layers: Sequence[Layer], plans: Sequence[Plan], grid_options: Mapping[str, Any] | None
+) -> None:
+  """Raises ValueError if a layer that a plan quantizes has no whole groups of inputs."""
+  group_size = (grid_options or {}).get("group_size")
+  for layer in layers if group_size is not None else ():
+    if any(chosen[layer.path] is not None for chosen in plans):
+      grid.check_group_size(group_size, layer.num_rows, f"layer {layer.path!r}")
 
 
 def _group_columns(layer) -> int:

@@ -47,6 +47,7 @@ def fit(
   norm: float = 2.4,
   include_zero: bool = True,
   two_levels: bool = True,
+  group_size: int | None = None,
 ) -> Grid:
   """One grid per output channel, the last axis of a Flax kernel.
 
@@ -68,12 +69,16 @@ def fit(
     include_zero: widen the range to contain 0 (asymmetric grids; symmetric ones always do).
     two_levels: whether traced levels may be 2. If not, the search for two levels is not compiled,
       which is half of the work.
+    group_size: one grid per so many neighbouring inputs of an output, in the order of the flattened
+      kernel, as int4 formats have it; it divides their number. None: one for all.
   Returns:
-    Grid of scale and zero point [1, ..., 1, channels]. A channel of zeros gets a grid that holds 0;
+    Grid of scale and zero point [1, ..., 1, channels], with groups of the shape of the weights, the
+    same number throughout a group. A channel of zeros gets a grid that holds 0;
     a constant channel, which has no range of its own, gets the one that includes 0.
   Raises:
-    ValueError: levels outside 2..256, an unknown search, or weights that are not finite (unless
-      traced: values under jit and vmap cannot be looked at).
+    ValueError: levels outside 2..256, an unknown search, a group size that does not divide the
+      inputs, or weights that are not finite (unless traced: values under jit and vmap cannot be
+      looked at).
   References: Nagel et al. 2020, arXiv:2004.10568 (section 5, MSE range); the public code of BRECQ
     (include_zero=False) and of OBC (include_zero=True).
   """
@@ -82,6 +87,19 @@ def fit(
     raise ValueError(f'search must be "mse" or "minmax", got {search!r}.')
   check_finite(weights, "weights")
   steps = SEARCH_STEPS if search == "mse" else 1
+  if group_size is not None:
+    shape = jnp.shape(weights)
+    rows = int(np.prod(shape[:-1]))
+    check_group_size(group_size, rows)
+    parts = jnp.reshape(weights, (rows // group_size, group_size, shape[-1])).swapaxes(0, 1)
+    options = {"symmetric": symmetric, "search": search, "norm": norm, "two_levels": two_levels}
+    columns = jnp.reshape(parts, (group_size, -1))
+    fitted = fit(columns, levels=levels, include_zero=include_zero, **options)
+    scale, zero_point = (
+      jnp.repeat(part.reshape(-1, shape[-1]), group_size, axis=0).reshape(shape)
+      for part in fitted[:2]
+    )
+    return Grid(scale, zero_point, levels)
   pairs = two_levels if is_traced(levels) else bool(np.any(np.asarray(levels) == MIN_LEVELS))
   scale, zero_point = _fit(weights, levels, norm, symmetric, include_zero, steps, pairs)
   return Grid(scale, zero_point, levels)
@@ -135,6 +153,15 @@ def check_levels(levels: Any) -> None:
   if not number or not ((values % 1 == 0) & (values >= MIN_LEVELS) & (values <= MAX_LEVELS)).all():
     raise ValueError(
       f"levels must be a whole number from {MIN_LEVELS} to {MAX_LEVELS}, got {levels}."
+    )
+
+
+def check_group_size(group_size: int, num_inputs: int, name: str = "the weights") -> None:
+  """Raises ValueError unless `group_size` divides the inputs."""
+  if group_size < 1 or num_inputs % group_size:
+    raise ValueError(
+      f"group_size is {group_size}, which does not divide the {num_inputs} inputs of an output of "
+      f"{name}; take one that does, or keep that layer in full precision."
     )
 
 

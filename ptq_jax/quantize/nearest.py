@@ -30,7 +30,7 @@ class Job(NamedTuple):
   """In full precision."""
   hessians: Float[Array, "M groups D D"]
   grids: Grid
-  """Scale and zero point [U, M, groups, 1, K], levels [U, 1, 1, 1, 1]."""
+  """Scale and zero point [U, M, groups, 1 or D, K], levels [U, 1, 1, 1, 1]."""
   nearest: Float[Array, "U M groups D K"]
   """The weights rounded to the grids."""
 
@@ -124,6 +124,7 @@ def each_layer(
   Arguments, results and errors are those of `quantize_stacked`.
   """
   layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
+  capture.check_groups(layers, plans, grid_options)
   options = tuple(sorted((grid_options or {}).items()))
   budget = memory_bytes or walk.default_memory_bytes()
   kernels, records = {}, []
@@ -157,7 +158,8 @@ def _layer(solve, options, layer, original, hessians, levels):
     job, fitted, before = _round(layer.unnamed, given, original, hessians, np.array(distinct))
     kernels, after = _keep_better(layer.unnamed, job, solve(job), before)
     found = kernels.astype(original.dtype), before, after, fitted.scale, fitted.zero_point
-  kernels, *parts = _by_plan(where, layer.grid_shape, original, found)
+  shape = layer.grid_shape if not distinct else tuple(found[-1].shape[2:])
+  kernels, *parts = _by_plan(where, shape, original, found)
   before, after, scale, zero_point = jax.device_get(parts)
   counts = np.tile(np.array([[count or 0] for count in levels]), len(original))
   return kernels, before, after, Grid(scale, zero_point, counts)

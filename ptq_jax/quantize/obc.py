@@ -158,7 +158,8 @@ def quantize_matrix(
   Args:
     weights: one row per output, columns in the order of the Hessian.
     hessian: of the squared output error, 2/n sum x x^T; see `hessian.from_inputs`.
-    grid: scale and zero point [rows, 1] (or [1, 1]); levels a number, or an array of that shape.
+    grid: scale and zero point [rows, 1] (or [1, 1]), or [rows, D] where groups of columns have
+      their own; levels a number, or an array [rows, 1].
     damping: see `hessian.inverse`, which adds what a singular Hessian needs on its own.
     block_size: columns per block, only a matter of speed; None: `default_block_size(D)`.
     memory_bytes: what the rows eliminated at once may take; None: `default_memory_bytes()`.
@@ -175,7 +176,7 @@ def quantize_matrix(
   grids.check_levels(grid.levels)
   inverse = hessians.inverse(hessian, damping=damping)
   shared = jax.tree.map(lambda part: part[None], inverse)
-  rowwise = Grid(*(jnp.broadcast_to(part, (rows, 1)) for part in grid))
+  rowwise = Grid(*(jnp.broadcast_to(p, (rows, (1, *np.shape(p))[-1])) for p in grid))
   return quantize_rows(
     jnp.asarray(weights),
     shared,
@@ -201,7 +202,7 @@ def quantize_rows(
     weights: rows of all of them together.
     inverse: parts with a leading axis [matrices, ...]; see `hessian.inverse`.
     owner: int[rows], which of the matrices a row belongs to.
-    grid: parts [rows, 1].
+    grid: parts [rows, 1] or [rows, D].
     block_size, memory_bytes: as in `quantize_matrix`.
   """
   rows, D = weights.shape
@@ -230,8 +231,12 @@ def _all_rows(job, inverses):
   num_levels, num_models, groups, D, K = job.nearest.shape
   weights = jnp.broadcast_to(job.weights, job.nearest.shape).swapaxes(3, 4).reshape(-1, D)
   owner = jnp.repeat(jnp.arange(num_models * groups, dtype=jnp.int32), K)
-  per_row = (num_levels, num_models, groups, 1, K)
-  grid = Grid(*(jnp.broadcast_to(part, per_row).reshape(-1, 1) for part in job.grids))
+
+  def per_row(part):
+    whole = jnp.broadcast_to(part, (num_levels, num_models, groups, part.shape[3], K))
+    return whole.swapaxes(3, 4).reshape(-1, part.shape[3])
+
+  grid = Grid(*map(per_row, job.grids))
   inverse = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inverses)
   return weights, inverse, jnp.tile(owner, num_levels), grid
 
@@ -341,9 +346,10 @@ def _eliminate(block_size, inverse, weights, owner, grid):
   if block_size >= D:
     state = weights, diagonal, jnp.zeros((rows, D), bool), inverse.matrix
     return _steps(D, owner, grid, *state).weights
-  matrices, block = inverse.matrix[owner], functools.partial(_block, block_size, grid)
+  matrices, left_grid = inverse.matrix[owner], grid
   for stage in _stages(D, block_size):
     state = weights, diagonal, jnp.zeros((rows, stage.width), bool), matrices
+    block = functools.partial(_block, block_size, left_grid)
     weights, diagonal, finished, matrices = jax.lax.fori_loop(0, stage.num_blocks, block, state)
     result = jnp.put_along_axis(result, columns, weights, axis=1, inplace=False)
     if not stage.left:
@@ -351,6 +357,7 @@ def _eliminate(block_size, inverse, weights, owner, grid):
     keep = _first_true(~finished, stage.left)
     matrices = _take(_take(matrices, keep[:, :, None], 1), keep[:, None, :], 2)
     weights, diagonal, columns = (_take(part, keep, 1) for part in (weights, diagonal, columns))
+    left_grid = Grid(*(p if p.shape[1] == 1 else _take(p, keep, 1) for p in left_grid))
 
 
 def _block(block_size, grid, _, state):

@@ -37,13 +37,17 @@ class Kernel(NamedTuple):
   codes: UInt8[np.ndarray, " bytes"]
   """Codes in the order of the flattened kernel; see `to_bytes`."""
   scale: np.ndarray
-  """Broadcastable against the kernel, float."""
+  """Broadcastable against the kernel, float; with groups of inputs, one row per group, see
+  `group_size`."""
   zero_point: np.ndarray
   """As the scale, in the smallest integer type that holds it; a float for two levels."""
   levels: int
   shape: tuple[int, ...]
   dtype: str
   """Of the weights."""
+  group_size: int = 0
+  """Not 0: so many rows of the kernel share a row [channels] of scale and zero point, where the
+  kernel's axes are flattened to rows and channels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +220,8 @@ def to_arrays(packed: Packed) -> dict[str, np.ndarray]:
   index |= {"full": packed.full, "empty": packed.empty}
   for path, kernel in packed.kernels.items():
     arrays |= {f"{path}:{name}": getattr(kernel, name) for name in ("codes", "scale", "zero_point")}
-    index["kernels"][path] = {name: getattr(kernel, name) for name in ("levels", "shape", "dtype")}
+    facts = ("levels", "shape", "dtype", "group_size")
+    index["kernels"][path] = {name: getattr(kernel, name) for name in facts}
   for path, leaf in packed.rest.items():
     arrays[path] = _plain(leaf)
     index["rest"][path] = str(leaf.dtype)
@@ -241,6 +246,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Packed:
         facts["levels"],
         tuple(facts["shape"]),
         facts["dtype"],
+        facts.get("group_size", 0),
       )
       for path, facts in index["kernels"].items()
     }
@@ -317,6 +323,7 @@ def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
   if (zero_point == np.round(zero_point)).all():
     ends = zero_point.min(), zero_point.max()
     zero_point = zero_point.astype(np.result_type(*(np.min_scalar_type(int(e)) for e in ends)))
+  (scale, zero_point), group_size = _shortened((scale, zero_point), weights.shape)
   kernel = Kernel(
     to_bytes(codes, levels=grid.levels),
     scale,
@@ -324,6 +331,7 @@ def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
     grid.levels,
     weights.shape,
     str(weights.dtype),
+    group_size,
   )
   bits = f"u{weights.dtype.itemsize}"
   same = _unpack_kernel(kernel).view(bits) == weights.view(bits)
@@ -338,9 +346,29 @@ def _pack_kernel(path: str, weights, grid: Grid) -> Kernel:
 def _unpack_kernel(kernel: Kernel) -> np.ndarray:
   """Weights of one kernel: `grid.dequantize` on the host, where no shape has to be compiled."""
   codes = from_bytes(kernel.codes, math.prod(kernel.shape), levels=kernel.levels)
-  dtype = kernel.scale.dtype
-  weights = codes.reshape(kernel.shape).astype(dtype) - kernel.zero_point.astype(dtype)
-  return (weights * kernel.scale).astype(jnp.dtype(kernel.dtype))
+  scale, zero_point = kernel.scale, kernel.zero_point
+  if kernel.group_size:
+    scale, zero_point = (
+      np.repeat(part, kernel.group_size, axis=0).reshape(kernel.shape)
+      for part in (scale, zero_point)
+    )
+  weights = codes.reshape(kernel.shape).astype(scale.dtype) - zero_point.astype(scale.dtype)
+  return (weights * scale).astype(jnp.dtype(kernel.dtype))
+
+
+def _shortened(parts, shape):
+  """Scale and zero point with one row where neighbouring rows of the kernel share it: (parts, rows
+  that do). Parts that are not of the kernel's shape stay, with 0."""
+  if shape != parts[0].shape or shape != parts[1].shape:
+    return parts, 0
+  best, size = parts, 0
+  for axis in range(1, len(shape)):
+    rows = [part.reshape(math.prod(shape[:axis]), -1) for part in parts]
+    changes = np.flatnonzero(sum((row[1:] != row[:-1]).any(axis=1) for row in rows)) + 1
+    shared = int(np.gcd.reduce([len(rows[0]), *changes]))
+    if len(rows[0]) // shared * rows[0].shape[1] < best[0].size:
+      best, size = tuple(row[::shared] for row in rows), shared
+  return best, size
 
 
 def _plain(leaf: np.ndarray) -> np.ndarray:

@@ -236,7 +236,7 @@ def solve(
 
   Args:
     weights: `capture.kernel_matrix` of the kernel.
-    matrix_grid: scale and zero point [groups, 1, K].
+    matrix_grid: scale and zero point [groups, 1 or D, K].
   """
   alpha, steps = learn(weights, matrix_grid, moments, schedule=schedule, stop=stop)
   codes = rounding.hard_codes(weights, alpha, matrix_grid)

@@ -4,7 +4,8 @@ Layout of the format: 8 bytes with the length of a header, the header in JSON, t
 stored one to a byte (`pack.save` is the small file). Per quantized kernel at PATH, a path in the
 variables like "params/stem/conv/kernel", there are "PATH.codes", uint8 in the kernel's shape,
 "PATH.scale" and "PATH.zero_point"; all else is stored at its path as it is. The metadata's entry
-"quantized" is JSON with the number of levels and the dtype of every such kernel.
+"quantized" is JSON with the number of levels, the dtype and the group size (see `pack.Kernel`) of
+every such kernel.
 """
 
 import json
@@ -47,6 +48,8 @@ def save(
         arrays[name] = data[size + start : size + end].view(dtype).reshape(about["shape"])
       for name, about in quantized.items():
         codes, scale, zero = (arrays.pop(f"{name}.{p}") for p in ("codes", "scale", "zero_point"))
+        if rows := about["group_size"]:
+          scale, zero = (np.repeat(part, rows, 0).reshape(codes.shape) for part in (scale, zero))
         arrays[name] = ((codes - zero.astype(scale.dtype)) * scale).astype(about["dtype"])
       return arrays
 
@@ -60,7 +63,10 @@ def save(
   metadata = dict(metadata or {})
   if "quantized" in metadata:
     raise ValueError('metadata must not have an entry "quantized"; the codes are described there.')
-  facts = {p: {"levels": k.levels, "dtype": k.dtype} for p, k in packed.kernels.items()}
+  facts = {
+    path: {"levels": kernel.levels, "dtype": kernel.dtype, "group_size": kernel.group_size}
+    for path, kernel in packed.kernels.items()
+  }
   header: dict = {"__metadata__": metadata | {"quantized": json.dumps(facts)}}
   arrays, offset = _arrays(packed), 0
   for name, array in arrays.items():

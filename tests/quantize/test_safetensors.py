@@ -20,11 +20,11 @@ def documented_loader():
   return scope["load"]
 
 
-def quantized(levels, dtype=np.float32):
+def quantized(levels, dtype=np.float32, group_size=None):
   """Variables of a convolution, a layer in full precision and odd leaves; the grids."""
   rng = np.random.default_rng(levels)
   kernel = jnp.asarray(rng.normal(0.1, 0.3, (3, 3, 2, 5)), jnp.float32)
-  fitted = grid.fit(kernel, levels=levels)
+  fitted = grid.fit(kernel, levels=levels, group_size=group_size)
   variables = {
     "params": {
       "conv": {"kernel": grid.nearest(kernel, fitted).astype(dtype), "bias": np.ones(5, dtype)},
@@ -36,9 +36,9 @@ def quantized(levels, dtype=np.float32):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
-@pytest.mark.parametrize("levels", [2, 3, 16, 256])
-def test_the_documented_loader_gives_every_leaf_back(tmp_path, levels, dtype):
-  variables, grids = quantized(levels, dtype)
+@pytest.mark.parametrize(("levels", "group_size"), [(2, None), (3, 6), (16, 1), (256, None)])
+def test_the_documented_loader_gives_every_leaf_back(tmp_path, levels, group_size, dtype):
+  variables, grids = quantized(levels, dtype, group_size)
   path = tmp_path / "model.safetensors"
   safetensors.save(path, pack.pack(variables, grids), metadata={"made by": "a test"})
   found, expected = documented_loader()(path), trees.flatten(variables)
@@ -61,7 +61,9 @@ def test_the_layout_is_that_of_the_format(tmp_path):
   assert size % 8 == 0
   assert about.pop("made by") == "a test"
   kernel = "params/conv/kernel"
-  assert json.loads(about["quantized"]) == {kernel: {"levels": 4, "dtype": "float32"}}
+  assert json.loads(about["quantized"]) == {
+    kernel: {"levels": 4, "dtype": "float32", "group_size": 0}
+  }
   codes = header[f"{kernel}.codes"]
   assert (codes["dtype"], codes["shape"]) == ("U8", [3, 3, 2, 5])
   begin, end = codes["data_offsets"]
