@@ -20,7 +20,7 @@ from ptq_jax.models import call, parallel
 from ptq_jax.models import units as model_units
 from ptq_jax.models.units import Survey
 from ptq_jax.quantize import adaround, brecq, capture, nearest, obc
-from ptq_jax.quantize.plan import Plan, Record
+from ptq_jax.quantize.plan import Plan, Record, Records
 
 _METHODS: dict[str, Any] = {"nearest": nearest, "adaround": adaround, "brecq": brecq, "obc": obc}
 
@@ -89,10 +89,10 @@ def quantize_stacked(
   together = jax.tree.map(
     lambda *leaves: jnp.concatenate(leaves, axis=1), *jax.device_put(variables, first)
   )
-  return together, [
+  return together, Records(
     Record(each[0].name, *jax.tree.map(_on_host, *(record[1:] for record in each)))
     for each in zip(*records, strict=True)
-  ]
+  )
 
 
 def check_model(

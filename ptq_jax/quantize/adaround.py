@@ -29,7 +29,7 @@ from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, quadratic, reconstruct, walk
 from ptq_jax.quantize.grid import Grid
-from ptq_jax.quantize.plan import Levels, Plan, Record
+from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Schedule
 
 MINI_BATCH = Schedule(num_steps=20_000, learning_rate=1e-3, weight=1e-3, batch_size=32)
@@ -66,7 +66,8 @@ def quantize_params(
     last_layer_levels: of the classifier, when they differ; "full" for full precision.
     **options: of `quantize_stacked`.
   Returns:
-    Variables of the same tree and dtypes, and one record per layer, with scalars.
+    Variables of the same tree and dtypes, and one record per layer, with scalars, which print as a
+      table.
   Raises:
     ValueError: see `quantize_stacked`.
   """
@@ -90,6 +91,7 @@ def quantize_stacked(
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
   strict: bool = False,
+  progress: Progress | None = None,
 ) -> tuple[Variables, list[Record]]:
   """AdaRound for M models under P plans at once.
 
@@ -107,6 +109,7 @@ def quantize_stacked(
     memory_bytes: what the pairs of model and plan that run at once may take; None: half of the
       accelerator's free memory, 2 GiB on CPU. Only a memory knob.
     strict: refuse a model with weights that stay in full precision.
+    progress: called with (name, done, total) after every layer or unit, see `plan.Progress`.
   Returns:
     Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer, and per
     weight that stays in full precision, with arrays [P, M].
@@ -148,6 +151,7 @@ def quantize_stacked(
     kept=kept,
     pair_bytes=_pair_bytes(layers, forms, num_images),
     memory_bytes=memory_bytes,
+    progress=progress,
   )
 
 

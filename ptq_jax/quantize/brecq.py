@@ -30,7 +30,7 @@ from ptq_jax.models.call import Hashable
 from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import adaround, capture, reconstruct, walk
-from ptq_jax.quantize.plan import Levels, Plan, Record
+from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
 SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.1, decay_rates=(0.8, 0.9))
@@ -82,6 +82,7 @@ def quantize_stacked(
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
   strict: bool = False,
+  progress: Progress | None = None,
 ) -> tuple[Variables, list[Record]]:
   """BRECQ for M models under P plans at once.
 
@@ -100,7 +101,7 @@ def quantize_stacked(
     form: "mini_batch", the paper's, steps on batches of images in every unit; "auto" takes
       AdaRound's second-moment form where a unit allows it, the loss is "mse" and AdaRound would.
     stop, schedule: of `reconstruct.minimize`.
-    grid_options, memory_bytes, strict: as in `adaround.quantize_stacked`.
+    grid_options, memory_bytes, strict, progress: as in `adaround.quantize_stacked`.
   Returns:
     Variables [P, M, ...] of the same tree and dtypes otherwise, with batch normalisation folded
     (`fold_batchnorm.fold`), and one record per unit, and per weight that stays in full precision,
@@ -132,6 +133,7 @@ def quantize_stacked(
     kept=kept,
     pair_bytes=_pair_bytes(chain, images.shape[1], schedule.batch_size),
     memory_bytes=memory_bytes,
+    progress=progress,
   )
 
 

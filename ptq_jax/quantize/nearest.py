@@ -20,7 +20,7 @@ from ptq_jax.base import Array, ArrayLike, Float, Key, Keys, Shaped, Variables
 from ptq_jax.models.from_nnx import Model
 from ptq_jax.quantize import capture, grid, hessian, plan, walk
 from ptq_jax.quantize.grid import Grid
-from ptq_jax.quantize.plan import Levels, Plan, Record
+from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
 
 
 class Job(NamedTuple):
@@ -58,7 +58,8 @@ def quantize_params(
     last_layer_levels: of the classifier, when they differ; "full" for full precision.
     **options: of `quantize_stacked`.
   Returns:
-    Variables of the same tree and dtypes, and one record per layer, with scalars.
+    Variables of the same tree and dtypes, and one record per layer, with scalars, which print as a
+      table.
   Raises:
     ValueError: see `quantize_stacked`.
   """
@@ -77,6 +78,7 @@ def quantize_stacked(
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
   strict: bool = False,
+  progress: Progress | None = None,
 ) -> tuple[Variables, list[Record]]:
   """Nearest rounding for M models under P plans.
 
@@ -88,6 +90,7 @@ def quantize_stacked(
     grid_options: for `grid.fit`.
     memory_bytes: what the Hessians behind the errors may take; None: see `walk`.
     strict: refuse a model with weights that stay in full precision.
+    progress: called with (name, done, total) after every layer or unit, see `plan.Progress`.
   Returns:
     Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer, and per
     weight that stays in full precision, with arrays [P, M].
@@ -104,6 +107,7 @@ def quantize_stacked(
     grid_options=grid_options,
     memory_bytes=memory_bytes,
     strict=strict,
+    progress=progress,
   )
 
 
@@ -117,6 +121,7 @@ def each_layer(
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
   strict: bool = False,
+  progress: Progress | None = None,
 ) -> tuple[Variables, list[Record]]:
   """Quantizes every layer alone, from the inputs it has in the full-precision network.
 
@@ -127,11 +132,11 @@ def each_layer(
   capture.check_groups(layers, plans, grid_options)
   options = tuple(sorted((grid_options or {}).items()))
   budget = memory_bytes or walk.default_memory_bytes()
-  kernels, records = {}, []
+  kernels, records = {}, plan.Records()
   wanted = [layer for layer in layers if any(chosen[layer.path] is not None for chosen in plans)]
   found = hessian.of_layers(model, variables, images, wanted, memory_bytes=budget)
   start = time.perf_counter()
-  for layer in layers:
+  for index, layer in enumerate(layers):
     levels = [chosen[layer.path] for chosen in plans]
     original = jnp.asarray(trees.get(variables, layer.kernel))
     hessians = next(found)[1] if layer in wanted else None
@@ -143,6 +148,8 @@ def each_layer(
     steps = np.zeros(after.shape, int)
     records.append(Record(layer.path, before, after, steps, seconds, {layer.path: grids}))
     start = end
+    if progress:
+      progress(layer.path, index + 1, len(layers))
   rest = {path: leaf for path, leaf in trees.flatten(variables).items() if path not in kernels}
   records += plan.kept_records(kept, num_plans=len(plans), num_models=len(images))
   return trees.replace(variables, kernels | _repeat(len(plans), rest)), records

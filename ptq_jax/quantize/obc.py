@@ -33,7 +33,7 @@ from ptq_jax.quantize import hessian as hessians
 from ptq_jax.quantize import nearest, walk
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.nearest import Job
-from ptq_jax.quantize.plan import Levels, Plan, Record
+from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
 
 SINGLE_BLOCK = 96
 
@@ -66,7 +66,8 @@ def quantize_params(
     last_layer_levels: of the classifier, when they differ; "full" for full precision.
     **options: of `quantize_stacked`; `batchnorm_images` without the model axis.
   Returns:
-    Variables of the same tree and dtypes, and one record per layer, with scalars.
+    Variables of the same tree and dtypes, and one record per layer, with scalars, which print as a
+      table.
   Raises:
     ValueError: see `quantize_stacked`.
   """
@@ -91,6 +92,7 @@ def quantize_stacked(
   grid_options: Mapping[str, Any] | None = None,
   memory_bytes: int | None = None,
   strict: bool = False,
+  progress: Progress | None = None,
 ) -> tuple[Variables, list[Record]]:
   """OBC for M models under P plans at once.
 
@@ -109,6 +111,7 @@ def quantize_stacked(
     memory_bytes: what the Hessians, and what the rows eliminated at once, may take; None: a default
       for the platform each. Only a memory knob.
     strict: refuse a model with weights that stay in full precision.
+    progress: called with (name, done, total) after every layer or unit, see `plan.Progress`.
   Returns:
     Variables [P, M, ...] of the same tree and dtypes otherwise, and one record per layer with
     arrays [P, M]. Where OBC ended above nearest rounding, that was kept.
@@ -135,6 +138,7 @@ def quantize_stacked(
     grid_options=grid_options,
     memory_bytes=memory_bytes,
     strict=strict,
+    progress=progress,
   )
   if batchnorm != "none":
     changed = [any(count is not None for count in chosen.values()) for chosen in plans]

@@ -5,7 +5,7 @@ A plan is a dict from layer path to levels; None keeps the layer in full precisi
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -47,6 +47,42 @@ class Record(NamedTuple):
   """Wall-clock time, the time of a batch shared equally by what was in it."""
   grids: Mapping[str, Grid]
   """Per layer path the grid its weights lie on, leading axes [P, M]; levels 0: full precision."""
+
+
+class Records(list[Record]):
+  """Records of the layers or units of a model; `print` shows a table.
+
+  Of several plans there is a table each. Errors are means over the models, seconds their sum.
+  """
+
+  def __str__(self) -> str:
+    num_plans = np.shape(self[0].error_before)[0] if self and np.ndim(self[0].error_before) else 0
+    if not num_plans:
+      return self._table(...)
+    return "\n\n".join(f"plan {p}\n{self._table(p)}" for p in range(num_plans))
+
+  def _table(self, p) -> str:
+    rows = [("layer", "levels", "error before", "error after", "seconds")]
+    for record in self:
+      counts = {
+        int(n) for each in record.grids.values() for n in np.ravel(np.asarray(each.levels)[p])
+      }
+      levels = ", ".join(str(n) if n else FULL for n in sorted(counts))
+      parts = record.error_before, record.error_after, record.seconds
+      before, after, seconds = (np.asarray(part)[p] for part in parts)
+      rows.append(
+        (record.name, levels, f"{before.mean():.4g}", f"{after.mean():.4g}", f"{seconds.sum():.2f}")
+      )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+      aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+      lines.append("  ".join([name.ljust(widths[0]), *aligned]))
+    return "\n".join(lines)
+
+
+Progress = Callable[[str, int, int], None]
+"""Called after every layer or unit with its name, how much is done, and of how much."""
 
 
 def make(

@@ -29,7 +29,7 @@ from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, grid, plan
 from ptq_jax.quantize.grid import Grid
-from ptq_jax.quantize.plan import Plan, Record
+from ptq_jax.quantize.plan import Plan, Progress, Record, Records
 
 
 class Pair(NamedTuple):
@@ -108,6 +108,7 @@ def quantize_stacked(
   kept: Sequence[Kept],
   pair_bytes: int,
   memory_bytes: int | None = None,
+  progress: Progress | None = None,
 ) -> tuple[Variables, list[Record]]:
   """Runs `method` over all units for M models under P plans, some pairs at a time.
 
@@ -118,6 +119,7 @@ def quantize_stacked(
     pair_bytes: what one pair takes in memory at its largest unit.
     memory_bytes: what a chunk of pairs may take; None: `default_memory_bytes()`. When memory runs
       out all the same, the chunk is halved, with a warning.
+    progress: called after every unit of a chunk; counts units times pairs.
   Returns:
     Variables [P, M, ...] and one record per outcome, arrays [P, M].
   """
@@ -128,8 +130,9 @@ def quantize_stacked(
   outcomes: list[list[Outcome]] = []
   while len(results) < len(pairs):
     chunk = pairs[len(results) : len(results) + _even(len(pairs) - len(results), size)]
+    tell = _telling(progress, chain, len(results), len(chunk), len(pairs))
     try:
-      done, notes = _run_chunk(method, keys, model, variables, images, plans, chain, chunk)
+      done, notes = _run_chunk(method, keys, model, variables, images, plans, chain, chunk, tell)
     except jax.errors.JaxRuntimeError as error:
       if not parallel.is_out_of_memory(error) or len(chunk) == 1:
         raise
@@ -227,7 +230,7 @@ def one_model(
   def first(tree):
     return trees.take(trees.take(tree, 0), 0)
 
-  return first(quantized), [Record(record.name, *first(record[1:])) for record in records]
+  return first(quantized), Records(Record(each.name, *first(each[1:])) for each in records)
 
 
 def _even(remaining: int, size: int) -> int:
@@ -235,7 +238,18 @@ def _even(remaining: int, size: int) -> int:
   return -(-remaining // -(-remaining // size))
 
 
-def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
+def _telling(progress, chain, finished, size, num_pairs) -> Callable[[int], None]:
+  """Tells `progress` that a unit, by its index, is done for a chunk of pairs."""
+
+  def tell(index):
+    if progress:
+      done = finished * len(chain) + size * (index + 1)
+      progress(chain[index].name or "model", done, num_pairs * len(chain))
+
+  return tell
+
+
+def _run_chunk(method, keys, model, variables, images, plans, chain, chunk, tell):
   """Quantized variables per pair of the chunk, and the outcomes of its units over the pairs."""
   full = {m: trees.take(variables, m) for m in sorted({pair.model for pair in chunk})}
   start = {m: jnp.asarray(images[m]) for m in full}
@@ -270,6 +284,7 @@ def _run_chunk(method, keys, model, variables, images, plans, chain, chunk):
     if unit.images is None and index + 1 < len(chain):
       full_inputs = {m: run_unit(model, unit, full[m], x) for m, x in full_inputs.items()}
       branches = [b._replace(inputs=run_unit(model, unit, b.variables, b.inputs)) for b in branches]
+    tell(index)
   by_pair = {pair: branch.variables for branch in branches for pair in branch.pairs}
   return [by_pair[i] for i in range(len(chunk))], outcomes
 
@@ -377,7 +392,7 @@ def _records(outcomes: Sequence[Sequence[Outcome]], plans) -> list[Record]:
   def arrange(leaf):
     return np.swapaxes(np.reshape(leaf, (-1, len(plans), *np.shape(leaf)[1:])), 0, 1)
 
-  records = []
+  records = Records()
   for parts in zip(*outcomes, strict=True):
     counts = [len(part.steps) for part in parts]
     seconds = [np.full(n, part.seconds / n) for n, part in zip(counts, parts, strict=True)]
