@@ -51,6 +51,7 @@ _EVERY_METHOD = {
     "search": ("mse", "for the scale: mse tries 80 cuts of the range, minmax takes all of it"),
     "norm": (2.4, "power of the error that the search minimises"),
     "include_zero": (True, "whether zero is always a level"),
+    "group_size": (Optional(int), "inputs of an output with one scale; all of them if not given"),
   },
   "memory_bytes": (Optional(int), "what is computed at once; half of what is free if not given"),
   "strict": (False, "refuse a model with weights that stay in full precision"),

@@ -111,7 +111,7 @@ def test_models_may_have_options_of_their_own(tmp_path):
   assert (config.model.hidden, config.quantize.obc.damping) == (3, 0.1)
 
 
-ARRAYS = {"plans", "labels", "batchnorm_images"}
+NO_SETTINGS = {"plans", "labels", "batchnorm_images", "progress"}
 """Arguments of methods that no config can hold."""
 
 
@@ -119,7 +119,9 @@ ARRAYS = {"plans", "labels", "batchnorm_images"}
 def test_every_option_of_a_method_stands_in_the_config_with_its_default(method):
   section = settings.plain(settings.audit_defaults().quantize[method])
   options = inspect.signature(METHODS[method].quantize_stacked).parameters.values()
-  named = {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY and o.name not in ARRAYS}
+  named = {
+    o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY and o.name not in NO_SETTINGS
+  }
   of_grids = inspect.signature(grid.fit).parameters
   named["grid_options"] = {key: of_grids[key].default for key in section["grid_options"]}
   assert of_grids.keys() - section["grid_options"] == {"weights", "levels", "two_levels"}

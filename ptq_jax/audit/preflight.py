@@ -20,7 +20,7 @@ from ptq_jax.audit import reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment
 from ptq_jax.models import call, conv, parallel
-from ptq_jax.quantize import METHODS, check_model, grid
+from ptq_jax.quantize import METHODS, capture, check_model, grid
 from ptq_jax.train import shadows
 
 MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
@@ -246,6 +246,9 @@ def check(audit: Audit) -> None:
     )
     for kept in survey.kept:
       audit.say(str(kept))
+    for section in methods:
+      options = settings.named(section.get("grid_options", settings.Config()))
+      capture.check_groups(audit.layers, plans, options)
   members = len(audit.dataset.train_labels) // 2
   if config.quantize.calibration_size > members:
     audit.say(
@@ -353,7 +356,7 @@ def _option_range(option, words):
     return lambda value: value in words, f"one of {', '.join(words)}"
   if option in ("symmetric", "include_zero", "strict"):
     return lambda value: isinstance(value, bool), "True or False"
-  if option in ("memory_bytes", "block_size"):
+  if option in ("memory_bytes", "block_size", "group_size"):
     return lambda value: value is None or (_number(value) and value >= 1), "at least 1, or None"
   if option in ("learning_rate", "norm", "beta_start", "beta_end"):
     return _between(lambda value: value > 0, "above 0")

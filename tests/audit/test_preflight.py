@@ -67,6 +67,7 @@ BAD_OPTIONS = {
   "search": "best",
   "norm": 0.0,
   "include_zero": None,
+  "group_size": 7,  # divides the inputs of no layer
   "memory_bytes": 0,
   "strict": None,
   "form": "x",
