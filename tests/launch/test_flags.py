@@ -1,8 +1,11 @@
 """What a user types, and what a launcher answers."""
 
+import itertools
+import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -19,11 +22,69 @@ flags.launch(run, config={config!r}, description="Says hello.")
 """
 
 
-def launch(*arguments, error="ValueError('the pool is empty.')", config="configs/digits.py"):
-  program = PROGRAM.format(error=error, config=config)
-  return subprocess.run(
-    [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
-  )
+SERVER = """
+import json, os, sys
+from launch import flags
+from ptq_jax.audit import stopping  # what takes seconds to import, once for all programs
+for line in sys.stdin:
+  program, arguments, folder = json.loads(line)
+  child = os.fork()
+  if child:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    continue
+  for number, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+  sys.argv[1:] = arguments
+  flags._ARGUMENTS = tuple(sys.argv)
+  code = 0
+  try:
+    exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+  except SystemExit as end:
+    code = end.code or 0
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+  """Runs programs, each in a process of its own that has imported everything."""
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes) as process:
+    yield process
+    process.stdin.close()
+
+
+class Done(NamedTuple):
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+@pytest.fixture
+def execute(server, tmp_path):
+  """A function of a program and its arguments, which says how it ended."""
+  count = itertools.count()
+
+  def run(program, *arguments):
+    folder = tmp_path / str(next(count))
+    folder.mkdir()
+    print(json.dumps([program, arguments, str(folder)]), file=server.stdin, flush=True)
+    code = int(server.stdout.readline())
+    return Done(code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+  return run
+
+
+@pytest.fixture
+def launch(execute):
+  """The launcher of `PROGRAM`."""
+
+  def run(*arguments, error="ValueError('the pool is empty.')", config="configs/digits.py"):
+    return execute(PROGRAM.format(error=error, config=config), *arguments)
+
+  return run
 
 
 @pytest.mark.parametrize(
@@ -39,7 +100,7 @@ def launch(*arguments, error="ValueError('the pool is empty.')", config="configs
     (("--config.train.epochs=many",), "invalid literal for int"),
   ],
 )
-def test_what_the_user_can_repair_is_one_sentence_and_code_2(arguments, sentence):
+def test_what_the_user_can_repair_is_one_sentence_and_code_2(launch, arguments, sentence):
   done = launch(*arguments)
   assert done.returncode == flags.USER_ERROR
   assert sentence in done.stderr
@@ -55,16 +116,14 @@ flags.launch(run, description="Says hello.", options={"out": ""}, several={"comp
 """
 
 
-def test_a_flag_of_several_takes_the_words_and_a_workdir_is_called_like_its_config():
+def test_a_flag_of_several_takes_the_words_and_a_workdir_is_called_like_its_config(execute):
   words = ["--compare", "a", "b", "--out=c", "--config=smoke:models=8"]
   words += ["--config.train.epochs=3", "d"]
-  done = subprocess.run(
-    [sys.executable, "-c", SEVERAL, *words], cwd=ROOT, capture_output=True, text=True
-  )
+  done = execute(SEVERAL, *words)
   assert done.stdout == "['a', 'b', 'd'] c 3 runs/smoke\n", done.stderr
 
 
-def test_failures_are_code_1_and_debug_shows_the_traceback():
+def test_failures_are_code_1_and_debug_shows_the_traceback(launch):
   done = launch(error="RuntimeError('device lost')")
   assert done.returncode == flags.FAILURE
   assert done.stderr.startswith(
@@ -73,13 +132,13 @@ def test_failures_are_code_1_and_debug_shows_the_traceback():
   assert "Traceback" in launch("--debug", error="RuntimeError('device lost')").stderr
 
 
-def test_interrupt_has_its_own_code():
+def test_interrupt_has_its_own_code(launch):
   done = launch(error="stopping.Stopped(2)")
   assert done.returncode == 130
   assert "goes on from what is saved" in done.stderr
 
 
-def test_help_explains():
+def test_help_explains(launch):
   done = launch("--help")
   assert "Says hello." in done.stdout
   assert "--workdir" in done.stdout
