@@ -24,7 +24,7 @@ import functools
 import hashlib
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -181,12 +181,24 @@ class Audit:
 
   @contextlib.contextmanager
   def locked(self, chunk: Chunk):
-    """Holds a chunk, so that no other process works on it.
+    """Holds a chunk, so that no other process of this audit works on it.
 
     Raises:
       work.Busy: if one does.
     """
-    with work.locked(self.trained / "locks" / chunk.name, wait=False):
+    with work.locked(self.root / "locks" / chunk.name, wait=False):
+      yield
+
+  @contextlib.contextmanager
+  def models_locked(self, chunk: Chunk, say: Callable[[str], None]):
+    """Holds a chunk's models, which audits may share; waits, and says so, while one trains them."""
+    path = self.trained / "locks" / chunk.name
+    with contextlib.ExitStack() as held:
+      try:
+        held.enter_context(work.locked(path, wait=False))
+      except work.Busy as owner:
+        say(f"waiting for {chunk.name}, which {owner} trains for another audit.")
+        held.enter_context(work.locked(path))
       yield
 
   def model_directory(self, chunk: Chunk) -> pathlib.Path:

@@ -38,7 +38,8 @@ def train(audit: Audit) -> list[str]:
       try:
         with audit.locked(chunk):
           if audit.pending(FULL_PRECISION, chunk):
-            finish_chunk(audit, chunk, stage)
+            with audit.models_locked(chunk, stage.say):
+              finish_chunk(audit, chunk, stage)
       except work.Busy as owner:
         busy.append(f"{chunk.name}: {owner}")
   return busy

@@ -1,16 +1,19 @@
 """Loss and accuracy by epoch, also of a training that was stopped."""
 
+import concurrent.futures
 import contextlib
+import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
 
 from ptq_jax import storage
-from ptq_jax.audit import preflight, stopping, training
+from ptq_jax.audit import preflight, quantizing, stopping, training, work
 from ptq_jax.report import records
 from ptq_jax.train import shadows
-from tests.audit.conftest import Heard, opened, tiny_config
+from tests.audit.conftest import Heard, opened, scores, tiny_config
 
 CHUNK = "models/shadows-00000-00004"
 
@@ -79,3 +82,24 @@ def test_a_resumed_training_goes_on_with_its_curve(finished, tmp_path, monkeypat
     assert curve(tmp_path)[0] == curve(finished)[0]
     assert [measured.step for measured in heard.measured] == [3, 4]
     assert heard.measured[0].values["loss"] == pytest.approx(np.mean(curve(finished)[0]["loss"]))
+
+
+def test_audits_that_share_models_wait_for_training_and_share_nothing_else(finished, tmp_path):
+  """Whoever trains a chunk for another audit is waited for; whoever quantizes it is not."""
+  models = tmp_path / "models"
+  shutil.copytree(finished / "models", models)
+  audit = preflight.open_audit(tiny_config(), tmp_path / "own", trained=models, listener=Heard())
+  lock = models / "locks" / "shadows-00000-00004"
+  with concurrent.futures.ThreadPoolExecutor(1) as pool, work.locked(lock):
+    trained = pool.submit(training.train, audit)
+    while not audit.listener and not trained.done():
+      time.sleep(0.01)
+    assert audit.listener[-1].startswith("waiting for shadows-00000-00004, which process ")
+    assert not trained.done()
+  assert trained.result() == []
+  with work.locked(lock):
+    assert quantizing.quantize(audit) == []
+  own, expected = scores(tmp_path / "own"), scores(finished)
+  assert own.keys() == expected.keys()
+  for path, arrays in own.items():
+    np.testing.assert_array_equal(arrays["scores"], expected[path]["scores"])
