@@ -79,28 +79,43 @@ def write_text(path: Path | str, text: str) -> None:
     temporary.write_bytes(data)
 
 
-def write_json(path: Path | str, value: Any) -> None:
-  """Writes one JSON document atomically, with tuples as lists."""
-  write_text(path, json.dumps(value, indent=2) + "\n")
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+  """A JSON object with its checksum in it."""
+  return {**document, "crc32": _checksum(document)}
 
 
-def read_json(path: Path | str, kind: type = dict) -> Any:
+def unsealed(document: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+  """What `sealed` took; one without a checksum is as an earlier version wrote it.
+
+  Raises:
+    CorruptFileError: if the checksum of what was read from `path` does not match.
+  """
+  content = dict(document)
+  checksum = content.pop("crc32", None)
+  if checksum is not None and checksum != _checksum(content):
+    raise CorruptFileError(f"{path} does not match its checksum.")
+  return content
+
+
+def write_json(path: Path | str, document: Mapping[str, Any]) -> None:
+  """Writes one JSON object atomically, sealed, with tuples as lists."""
+  write_text(path, json.dumps(sealed(document), indent=2) + "\n")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
   """Reads what `write_json` wrote.
 
-  Args:
-    path: of the file.
-    kind: what the document must be.
   Raises:
     FileNotFoundError: if there is no such file.
-    CorruptFileError: if it is not JSON, or of another kind.
+    CorruptFileError: if it is not a JSON object, or not the one that was written.
   """
   try:
     value = json.loads(Path(path).read_text(encoding="utf-8"))
   except ValueError as error:
     raise CorruptFileError(f"{path} is not readable JSON.") from error
-  if not isinstance(value, kind):
-    raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}.")
-  return value
+  if not isinstance(value, dict):
+    raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+  return unsealed(value, path)
 
 
 def write_records(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -174,11 +189,20 @@ def load_arrays(path: Path | str) -> dict[str, np.ndarray]:
       arrays = {name: file[name] for name in contents}
     wrong = [name for name, array in arrays.items() if _description(array) != contents[name]]
   except Exception as error:  # damage in a zip archive comes out as any of a dozen exceptions
+    if isinstance(error, MemoryError) and _is_whole(data):
+      raise  # else a damaged header asked for it
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise CorruptFileError(f"{path} is corrupt ({reason}).") from error
   if wrong:
     raise CorruptFileError(f"{path} is corrupt (the array {wrong[0]!r} is not what was written).")
   return arrays
+
+
+def _is_whole(data):
+  """Whether every member of a zip archive has its checksum."""
+  with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    return archive.testzip() is None
+  return False
 
 
 def _description(array):
@@ -276,6 +300,11 @@ class Checkpoints:
     """Steps of the checkpoints that were completed, in ascending order."""
     return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdigit())
 
+  def _begun(self) -> list[int]:
+    """The same, with those whose record is lost or was never written."""
+    names = {path.name.removesuffix(".json") for path in self.directory.glob("*")}
+    return sorted(int(name) for name in names if name.isdigit())
+
   def restore(self, like: PyTree) -> Saved:
     """The newest checkpoint that is as it was written; damaged ones are renamed and named.
 
@@ -287,7 +316,7 @@ class Checkpoints:
     """
     self.wait()
     skipped = []
-    for step in reversed(self.steps()):
+    for step in reversed(self._begun()):
       path = self.directory / str(step)
       try:
         record = self._checked(step)
@@ -312,15 +341,20 @@ class Checkpoints:
 
   def _checked(self, step):
     """The record of a checkpoint whose files all have their checksums."""
-    envelope = read_json(self.directory / f"{step}.json")
-    record = envelope.get("record")
-    if envelope.get("checksum") != _checksum(record):
-      raise CorruptFileError(f"{step}.json does not match its checksum")
+    try:
+      found = read_json(self.directory / f"{step}.json")
+    except FileNotFoundError:
+      raise CorruptFileError(f"{step}.json, which says what is in it, is missing") from None
+    record = found.get("record", found)  # an earlier version had it one level deeper
+    if not {"files", "leaves", "metadata"} <= record.keys():
+      raise CorruptFileError(f"{step}.json does not say what is in it")
     for name, (size, checksum) in record["files"].items():
       path = self.directory / str(step) / name
-      if not path.is_file():
-        raise CorruptFileError(f"the file {name} is missing")
-      if path.stat().st_size != size or _file_checksum(path) != checksum:
+      try:
+        found_size = path.stat().st_size
+      except (FileNotFoundError, NotADirectoryError):
+        raise CorruptFileError(f"the file {name} is missing") from None
+      if found_size != size or _file_checksum(path) != checksum:
         raise CorruptFileError(f"the checksum of {name} does not match")
     return record
 
@@ -352,7 +386,7 @@ class Checkpoints:
       }
       described = {k: [leaf.dtype.name, list(leaf.shape)] for k, leaf in leaves.items()}
       record = {"metadata": metadata, "leaves": described, "files": files}
-      write_json(self.directory / f"{step}.json", {"checksum": _checksum(record), "record": record})
+      write_json(self.directory / f"{step}.json", record)
     except Exception as error:  # TensorStore reports a full disk as a ValueError
       for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -398,8 +432,8 @@ def _leaves(tree):
   return {f"leaf_{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _checksum(record):
-  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+def _checksum(document):
+  return f"{zlib.crc32(json.dumps(document).encode()):08x}"
 
 
 def _file_checksum(path):

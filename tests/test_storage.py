@@ -53,7 +53,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
 
   monkeypatch.setattr(storage.os, "fsync", full)
   with pytest.raises(
-    OSError, match=r"\(No space left on device, it takes about 17 bytes\); make r"
+    OSError, match=r"\(No space left on device, it takes about 40 bytes\); make r"
   ):
     storage.write_json(path, {"value": 2})
   monkeypatch.undo()
@@ -189,6 +189,52 @@ def test_no_damage_to_an_archive_of_ours_goes_unnoticed(tmp_path):
       assert found.keys() == arrays.keys()
       for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_no_flipped_bit_in_json_goes_unnoticed(tmp_path):
+  """But for one in the word crc32, which leaves a document with one name more."""
+  path = tmp_path / "x.json"
+  document = {"chunks": [["shadows", 0, 4]], "rate": 0.25, "name": "\u00e4"}
+  storage.write_json(path, document)
+  assert storage.read_json(path) == document
+  whole, noticed = path.read_bytes(), 0
+  for position in range(8 * len(whole)):
+    byte = whole[position // 8] ^ 1 << position % 8
+    path.write_bytes(whole[: position // 8] + bytes([byte]) + whole[position // 8 + 1 :])
+    try:
+      assert storage.read_json(path).items() >= document.items()
+    except storage.CorruptFileError:
+      noticed += 1
+  assert noticed > 7 * len(whole)
+
+
+def test_memory_that_runs_out_is_not_damage(tmp_path, monkeypatch):
+  storage.save_arrays(tmp_path / "x.npz", scores=np.arange(10.0))
+
+  def fail(*_arguments, **_options):
+    raise MemoryError("Unable to allocate 8 GiB")
+
+  monkeypatch.setattr(storage.np, "load", fail)
+  with pytest.raises(MemoryError):
+    storage.load_arrays(tmp_path / "x.npz")
+  damage(tmp_path / "x.npz")
+  with pytest.raises(storage.CorruptFileError):
+    storage.load_arrays(tmp_path / "x.npz")
+
+
+def test_a_checkpoint_without_its_record_is_set_aside_and_not_overwritten(tmp_path):
+  with storage.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, TREE, {})
+  kept = sorted(path.read_bytes() for path in (tmp_path / "1").rglob("d/*"))
+  (tmp_path / "1.json").unlink()
+  with storage.Checkpoints(tmp_path) as checkpoints:
+    saved = checkpoints.restore(TREE)
+    assert saved.tree is None
+    assert "1.json, which says what is in it, is missing" in saved.skipped[0]
+    checkpoints.save(1, TREE, {})
+    checkpoints.wait()
+    assert checkpoints.restore(TREE).step == 1
+  assert sorted(path.read_bytes() for path in (tmp_path / "1.damaged").rglob("d/*")) == kept
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "5", "", "{"])

@@ -46,31 +46,34 @@ def train(audit: Audit) -> list[str]:
 
 
 def finish_chunk(audit: Audit, chunk: Chunk, stage: Stage) -> None:
-  """Trains a chunk and writes its scores; with fewer models in a program if they do not fit."""
-  while True:
-    try:
-      variables = train_chunk(audit, chunk, stage)
-      break
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error) or chunk.together == 1:
-        raise
-      chunk = work.run_apart(audit.trained, chunk)
-      stage.say(
-        f"out of memory; going on with {chunk.together} models of {chunk.name} in a program. Set "
-        f"train.models_together={chunk.together} to begin so."
-      )
+  """Trains a chunk and writes its scores."""
+  variables = train_chunk(audit, chunk, stage)
   audit.save_scores({FULL_PRECISION: pack.pack(variables, {})}, chunk, variables)
 
 
 def train_chunk(audit: Audit, chunk: Chunk, stage: Stage):
-  """Trained variables of a chunk, stacked: from its checkpoint, or trained and then saved."""
+  """Trained variables of a chunk, stacked: from its checkpoint, or trained and then saved.
+
+  With fewer models in a program if they do not fit.
+  """
   directory, epochs = audit.model_directory(chunk), audit.config.train.epochs
   with storage.Checkpoints(directory / "trained", keep=1) as trained:
     saved = restore(audit, chunk, trained, states_like(audit, chunk).variables, stage.say)
     if saved.tree is not None:
       stage.advance(len(chunk) * epochs)
       return saved.tree
-    variables = train_updates(audit, chunk, stage).variables
+    while True:
+      try:
+        variables = train_updates(audit, chunk, stage).variables
+        break
+      except jax.errors.JaxRuntimeError as error:
+        if not parallel.is_out_of_memory(error) or chunk.together == 1:
+          raise
+        chunk = work.run_apart(audit.trained, chunk)
+        stage.say(
+          f"out of memory; going on with {chunk.together} models of {chunk.name} in a program. Set "
+          f"train.models_together={chunk.together} to begin so."
+        )
     trained.save(epochs, variables, metadata(audit, chunk))
   shutil.rmtree(directory / "training", ignore_errors=True)
   return variables
@@ -198,7 +201,8 @@ class Curve:
   def __init__(self, path: pathlib.Path, step: int, steps_per_epoch: int):
     self._path, self.steps_per_epoch = path, steps_per_epoch
     try:
-      self._rows = [row for row in storage.read_records(path) if row["step"] <= step]
+      rows = [storage.unsealed(row, path) for row in storage.read_records(path)]
+      self._rows = [row for row in rows if row["step"] <= step]
     except (FileNotFoundError, storage.CorruptFileError, KeyError, TypeError):
       self._rows = []
 
@@ -207,7 +211,7 @@ class Curve:
     epoch = round(step / self.steps_per_epoch, 3)
     each = {name: np.round(values, 5).tolist() for name, values in metrics._asdict().items()}
     self._rows.append({"step": step, "epoch": epoch, **each})
-    storage.write_records(self._path, self._rows)
+    storage.write_records(self._path, map(storage.sealed, self._rows))
     return epoch
 
 
@@ -219,7 +223,8 @@ def curves(audit: Audit) -> dict[str, list[float]] | None:
   epochs, found = audit.config.train.epochs, []
   try:
     for chunk in audit.work.chunks:
-      rows = storage.read_records(audit.model_directory(chunk) / "metrics.jsonl")
+      path = audit.model_directory(chunk) / "metrics.jsonl"
+      rows = [storage.unsealed(row, path) for row in storage.read_records(path)]
       values = np.array([[row["loss"], row["accuracy"]] for row in rows])  # [rows, 2, M]
       until = np.array([row["epoch"] for row in rows])
       weights, epoch = np.diff(until, prepend=0), np.ceil(until)

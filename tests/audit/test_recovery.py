@@ -146,12 +146,11 @@ def test_a_lost_work_list_is_refused_and_not_guessed(copied):
   ids=repr,
 )
 def test_what_cannot_be_read_now_is_left_as_it_is(copied, monkeypatch, error):
-  shutil.rmtree(copied / "scores" / "obc-3-3")
-  before = {
-    path: path.read_bytes()
-    for path in (copied / "models").rglob("*/trained/**/*")
-    if path.is_file()
-  }
+  """Nor are models taken to be too many for a program."""
+  for variant in ("full_precision", "obc-3-3"):
+    shutil.rmtree(copied / "scores" / variant)
+  files = [copied / "models" / "work.json", *(copied / "models").rglob("*/trained/**/*")]
+  before = {path: path.read_bytes() for path in files if path.is_file()}
 
   def fail(*_arguments, **_options):
     raise error

@@ -46,6 +46,20 @@ def test_what_was_begun_is_read_back_whatever_is_asked_now(tmp_path):
   assert (again.stamp, again.random, again.versions) == (begun.stamp, begun.random, begun.versions)
 
 
+@pytest.mark.parametrize(
+  ("there", "wrong"), [('"seed": 0', '"seed": 1'), ("      2\n", "      3\n")]
+)
+def test_a_changed_digit_in_the_work_list_is_made_good(tmp_path, there, wrong):
+  """It is not taken for another audit's, nor for models divided otherwise."""
+  settle(tmp_path)
+  path = tmp_path / "work.json"
+  before = path.read_text()
+  path.write_text(before.replace(there, wrong, 1))
+  assert path.read_text() != before
+  assert [chunk.together for chunk in settle(tmp_path).chunks] == [2, 2]
+  assert path.read_text() == before
+
+
 @pytest.mark.parametrize("lost", ["work.json", "membership.npz"])
 @pytest.mark.parametrize("how", ["deleted", "damaged"])
 def test_each_file_makes_the_other(tmp_path, lost, how):
