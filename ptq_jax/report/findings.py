@@ -12,6 +12,9 @@ from ptq_jax.report.tables import percent_words, rate_decimals
 LOSSES = (0.0, 0.01, 0.05, math.inf)
 """Losses of test accuracy that matter alike: none measurable, a little, some, too much."""
 
+WORTH_TELLING = 0.25
+"""Share of full precision's rate by which it must fall to be preferred as a headline."""
+
 
 class Findings(NamedTuple):
   """What an audit found, in plain sentences."""
@@ -69,12 +72,20 @@ def most_useful(rows: Sequence[Row], fpr: float) -> Row | None:
   """Of the quantized rows whose leakage changes measurably, the one most worth telling.
 
   One that leaks less: of those whose loss of test accuracy is in the lowest of `LOSSES`, the one
-  that leaks least against full precision. If none leaks less, the one whose leakage rises most.
+  that leaks least against full precision; those come first that fall by `WORTH_TELLING` and do not
+  lose too much. If none leaks less, the one whose leakage rises most.
   """
   known = _sure_changes(rows, fpr)
   lower = [row for row in rows if row.variant in known and known[row.variant] < 0]
   if lower:
-    return min(lower, key=lambda row: (_loss_class(row), known[row.variant]))
+    before = {row.variant: _rate(row.counted, fpr) - known[row.variant] for row in lower}
+    far = [
+      row
+      for row in lower
+      if -known[row.variant] >= WORTH_TELLING * before[row.variant]
+      and _loss_class(row) < LOSSES.index(math.inf)
+    ]
+    return min(far or lower, key=lambda row: (_loss_class(row), known[row.variant]))
   higher = [row for row in rows if row.variant in known]
   return max(higher, key=lambda row: known[row.variant], default=None)
 
@@ -131,9 +142,15 @@ def _others(quantized: Sequence[Row], chosen: Row, fpr: float) -> str:
   """What the headline's variant does not say of the others, as the end of a sentence."""
   if not _falls(chosen, fpr):
     return "; no variant leaks measurably less" if len(quantized) > 1 else ""
-  keeps = any(_loss_class(row) == 0 for row in quantized)
-  costs = 0 < _loss_class(chosen) < len(LOSSES)
-  return "; no variant that keeps its accuracy leaks measurably less" if keeps and costs else ""
+  keep = [row for row in quantized if _loss_class(row) == 0]
+  if not keep or not 0 < _loss_class(chosen) < len(LOSSES):
+    return ""
+  known = _sure_changes(quantized, fpr)
+  least = min(keep, key=lambda row: known.get(row.variant, 0.0))
+  if known.get(least.variant, 0.0) >= 0:
+    return "; no variant that keeps its accuracy leaks measurably less"
+  name, rate = records_lib.describe(least.variant), _percent(_rate(least.counted, fpr), fpr)
+  return f"; of those that keep their accuracy, {name} leaks least, {rate}"
 
 
 def _without_full_precision(rows: Sequence[Row], fpr: float, at: str) -> str:

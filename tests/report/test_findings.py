@@ -203,6 +203,18 @@ def test_the_headline_is_about_the_fall_that_costs_least(example):
   )
 
 
+def test_a_fall_that_hardly_matters_comes_behind_one_that_costs_a_little(example):
+  slight = variant(example, "obc", 16, -0.01, 0.0)
+  said, which = headline(example, slight, variant(example, "obc", 3, -0.06, 0.02))
+  assert which == ("obc", 3, 3)
+  assert said.endswith(
+    " at a cost of 2.0 points of test accuracy; of those that keep their accuracy, OBC at 4 bit"
+    " leaks least, 9.0%."
+  )
+  ruined = variant(example, "nearest", 3, -0.08, 0.5)
+  assert headline(example, slight, ruined)[1] == ("obc", 16, 16)
+
+
 def test_falls_of_like_cost_are_told_by_their_size(example):
   less = variant(example, "obc", 4, -0.02, 0.006)
   more = variant(example, "obc", 3, -0.05, 0.009)
