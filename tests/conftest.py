@@ -7,11 +7,13 @@ import pathlib
 import jax
 import pytest
 
-# Most of the tests' time is compiling. Programs this small gain nothing from LLVM's passes or XLA's
-# newer emitter of fusions: without them a test file takes half of the processor time, and a warm
-# run no longer (BUILD_NOTES.md). Both flags are known up to JAX 0.12; XLA ends the process at one
-# that it does not know. Launched programs inherit them.
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most of the tests' time is compiling. Programs this small gain nothing from LLVM's passes, from
+# generating code in parallel or from XLA's newer emitter of fusions: without them it takes less
+# than half of the processor time (BUILD_NOTES.md). XLA ends the process at a flag that it does not
+# know, such as the last one in JAX 0.12. Launched programs inherit them.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):
+  QUICK_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
