@@ -1,15 +1,17 @@
 """Damages every file of a finished workdir in every way, and says what becomes of it.
 
-    bash launch/run bench faults [--config configs/smoke.py] [--files GLOB] [--config.KEY=VALUE ...]
+    bash launch/run bench faults [--config configs/smoke.py] [--files GLOB] [--places GLOB]
+        [--config.KEY=VALUE ...]
 
 Each file, but the locks and those of chunks after the first, is deleted, emptied, halved, has one
 bit flipped or one in each of 128 bytes, is zeroed, or holds other JSON; then the audit runs again
 in this process, on a copy; where a file of models is damaged, quantizing is not complete there, so
-that models are needed. Then reads and writes fail on purpose (I/O
-error, too many open files, no space, no memory), at the first and at the third time, while a chunk
-is trained and a variant quantized. "made good" means that it ran to its end with every score, all
-codes and results as before, and finds nothing wrong in the workdir; "named" that it ended with a
-sentence; in both cases all files of trained models are still there, under another name perhaps.
+that models are needed. Then reads and writes fail on purpose (I/O error, too many open files, no
+space, no memory), from the first and from the third time on, one failure after the other in one
+workdir where a chunk is to be trained and a variant quantized, then none. "made good" means that
+the audit ran to its end with every score, all codes and results as before, and finds nothing wrong
+in the workdir; "named" that it ended with a sentence; in both cases all files of trained models are
+still there, under another name perhaps.
 Exits with 1 if anything ends otherwise.
 """
 
@@ -17,7 +19,9 @@ import argparse
 import collections
 import contextlib
 import errno
+import fnmatch
 import hashlib
+import itertools
 import pathlib
 import re
 import shutil
@@ -84,8 +88,7 @@ def main(argv: list[str]) -> None:
     files = [name for name in files if name.match(options.files)]
     files = [name for name in files if CHUNK.findall(str(name)) in ([], [first])]
     tries = [(name, how) for name in files for how in DAMAGES]
-    faults = [(where, how, nth) for where in PLACES for how in FAILURES for nth in (1, 3)]
-    faults = faults if options.files == "*" else []
+    places = [where for where in PLACES if fnmatch.fnmatch(where, options.places)]
     ended: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     failed: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
 
@@ -95,13 +98,17 @@ def main(argv: list[str]) -> None:
       if "WRONG" in end:
         stage.say(end)
 
-    with events.Stage(progress.Lines(), "faults", len(tries) + len(faults)) as stage:
+    with events.Stage(
+      progress.Lines(), "faults", len(tries) + len(places) * (2 * len(FAILURES) + 1)
+    ) as stage:
       for name, how in tries:
         note(ended, _kind(name), how, _after_damage(config, whole, folder, name, how))
-      for where, how, nth in faults:
-        note(failed, where, how, _after_failure(config, whole, folder, where, how, nth))
+      for where in places:
+        for how, ends in _after_failures(config, whole, folder, where).items():
+          for end in ends:
+            note(failed, where, how, end)
   print(_table(ended, "file", list(DAMAGES)))
-  print(_table(failed, "failure", list(FAILURES)))
+  print(_table(failed, "failure", [*FAILURES, "then"]))
   wrong = [each for cell in (*ended.values(), *failed.values()) for each in cell if "WRONG" in each]
   print("\n".join(wrong) or "Nothing good was lost and nothing wrong was taken for right.")
   sys.exit(bool(wrong))
@@ -132,30 +139,31 @@ def _after_damage(config, whole, folder, name, how):
   return _ending(config, whole, copy, kept, f"{name} {how}")
 
 
-def _after_failure(config, whole, folder, where, how, nth):
-  """What an audit does when a read or a write fails from the nth on, and then when none does."""
+def _after_failures(config, whole, folder, where) -> dict[str, list[str]]:
+  """What audits do when reads or writes fail in every way from the nth on, then one without."""
   copy = _copy(whole, folder)
   _take_away_codes(copy)
   *_, last = sorted((copy / "models").glob("*-*-*"))
   shutil.rmtree(last / "trained")
   for path in copy.glob("scores/full_precision/*.npz"):
     path.unlink()  # of all chunks: of those that are trained as well
-  kept, what = _trained_files(copy), f"{where}, {how} ({nth})"
+  kept, ended = _trained_files(copy), collections.defaultdict(list)
   target, attribute = PLACES[where]
-  original, calls = getattr(target, attribute), []
+  original = getattr(target, attribute)
+  for nth in (1, 3):
+    for how, error in FAILURES.items():
+      calls = itertools.count(1)
 
-  def fail(*arguments, **more):
-    calls.append(arguments)
-    if len(calls) >= nth:
-      raise FAILURES[how]
-    return original(*arguments, **more)
+      def fail(*arguments, calls=calls, error=error, nth=nth, **more):
+        if next(calls) >= nth:
+          raise error
+        return original(*arguments, **more)
 
-  with mock.patch.object(target, attribute, fail):
-    first = _ending(config, whole, copy, kept, what)
-  if "WRONG" in first:
-    return first
-  then = _ending(config, whole, copy, kept, f"{what}, then")
-  return then if then != "made good" else first if len(calls) >= nth else "did not happen"
+      with mock.patch.object(target, attribute, fail):
+        end = _ending(config, whole, copy, kept, f"{where}, {how} ({nth})")
+      ended[how].append(end if next(calls) > nth else "did not happen")
+  ended["then"].append(_ending(config, whole, copy, kept, f"after {where}"))
+  return ended
 
 
 def _take_away_codes(copy):
@@ -242,5 +250,6 @@ def _parser() -> argparse.ArgumentParser:
     prog="bench faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   flags.add_argument("--config", default="configs/smoke.py")
-  flags.add_argument("--files", default="*", help="only such files, and no failures")
+  flags.add_argument("--files", default="*", help="damage only such files")
+  flags.add_argument("--places", default="*", help="fail only at such places")
   return flags
