@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,3 +106,23 @@ def test_audits_that_share_models_wait_for_training_and_share_nothing_else(finis
   assert own.keys() == expected.keys()
   for path, arrays in own.items():
     np.testing.assert_array_equal(arrays["scores"], expected[path]["scores"])
+
+
+def test_models_that_do_not_fit_are_trained_with_fewer_in_a_program(tmp_path, monkeypatch):
+  audit, tried = opened(tmp_path, train__models_together=4), []
+
+  def train(audit, chunk, stage):
+    tried.append(chunk.together)
+    if chunk.together > 2:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    like = training.states_like(audit, chunk)
+    return like._replace(
+      variables=jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), like.variables)
+    )
+
+  monkeypatch.setattr(training, "train_updates", train)
+  chunk, stage = audit.work.chunks[0], audit.stage("train_shadows", 0)
+  training.train_chunk(audit, chunk, stage)
+  assert tried == [4, 2]
+  assert work.read(audit.trained).chunks[0].together == 2
+  assert storage.read_json(tmp_path / CHUNK / "trained" / "2.json")["metadata"]["together"] == 2
