@@ -141,13 +141,8 @@ def _after_damage(config, whole, folder, name, how):
 
 def _after_failures(config, whole, folder, where) -> dict[str, list[str]]:
   """What audits do when reads or writes fail in every way from the nth on, then one without."""
-  copy = _copy(whole, folder)
-  _take_away_codes(copy)
-  *_, last = sorted((copy / "models").glob("*-*-*"))
-  shutil.rmtree(last / "trained")
-  for path in copy.glob("scores/full_precision/*.npz"):
-    path.unlink()  # of all chunks: of those that are trained as well
-  kept, ended = _trained_files(copy), collections.defaultdict(list)
+  copy, ended = _unfinished(whole, folder), collections.defaultdict(list)
+  kept = _trained_files(copy)
   target, attribute = PLACES[where]
   original = getattr(target, attribute)
   for nth in (1, 3):
@@ -156,14 +151,27 @@ def _after_failures(config, whole, folder, where) -> dict[str, list[str]]:
 
       def fail(*arguments, calls=calls, error=error, nth=nth, **more):
         if next(calls) >= nth:
-          raise error
+          raise type(error)(*error.args)
         return original(*arguments, **more)
 
-      with mock.patch.object(target, attribute, fail):
-        end = _ending(config, whole, copy, kept, f"{where}, {how} ({nth})")
+      failing, what = mock.patch.object(target, attribute, fail), f"{where}, {how} ({nth})"
+      end = _ending(config, whole, copy, kept, what, during=failing)
       ended[how].append(end if next(calls) > nth else "did not happen")
+      if end == "made good":
+        copy = _unfinished(whole, folder)
   ended["then"].append(_ending(config, whole, copy, kept, f"after {where}"))
   return ended
+
+
+def _unfinished(whole, folder):
+  """A copy where a chunk is to be trained, and all of them to be scored and quantized."""
+  copy = _copy(whole, folder)
+  _take_away_codes(copy)
+  *_, last = sorted((copy / "models").glob("*-*-*"))
+  shutil.rmtree(last / "trained")
+  for path in copy.glob("scores/full_precision/*.npz"):
+    path.unlink()
+  return copy
 
 
 def _take_away_codes(copy):
@@ -171,10 +179,11 @@ def _take_away_codes(copy):
   shutil.rmtree(min((copy / "quantized").iterdir()))
 
 
-def _ending(config, whole, copy, kept, what):
+def _ending(config, whole, copy, kept, what, during=None):
   """How a run on a damaged copy ends; `kept` are digests of files that must not get lost."""
   try:
-    audit.run(config, workdir=copy)
+    with during or contextlib.nullcontext():
+      audit.run(config, workdir=copy)
   except Exception as error:
     if not kept <= _trained_files(copy):
       return f"WRONG: {what}: {error} and models are gone"
