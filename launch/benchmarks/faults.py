@@ -156,8 +156,9 @@ def _after_failures(config, whole, folder, where) -> dict[str, list[str]]:
 
       failing, what = mock.patch.object(target, attribute, fail), f"{where}, {how} ({nth})"
       end = _ending(config, whole, copy, kept, what, during=failing)
-      ended[how].append(end if next(calls) > nth else "did not happen")
-      if end == "made good":
+      happened = next(calls) > nth or end != "made good"
+      ended[how].append(end if happened else "did not happen")
+      if end != "named":
         copy = _unfinished(whole, folder)
   ended["then"].append(_ending(config, whole, copy, kept, f"after {where}"))
   return ended
