@@ -69,7 +69,7 @@ PLACES = {
 CHUNK = re.compile(r"\w+-\d{5}-\d{5}")
 """The name of a chunk in a path."""
 
-BOOKKEEPING = ("seconds.json", "manifest.json", "results.md", "index.html")
+TIMED = ("manifest.json", "results.md", "index.html")
 """Files that tell of times: they need only be there."""
 
 
@@ -201,8 +201,8 @@ def _ending(config, whole, copy, kept, what, during=None):
 def _differs(whole, copy, path):
   """Whether a file is not in the copy what it is in the whole workdir, but for times."""
   other = copy / path.relative_to(whole)
-  if "trained" in path.parts or path.name == "metrics.jsonl":
-    return False  # checksums have been looked at; nothing depends on training curves
+  if "trained" in path.parts or path.name in ("metrics.jsonl", "seconds.json"):
+    return False  # checksums have been looked at; nothing depends on curves and times
   if not other.exists():
     return True
   if path.name == "results.jsonl":
@@ -211,7 +211,7 @@ def _differs(whole, copy, path):
     one, two = (_timeless(storage.load_arrays(each)) for each in (path, other))
     same = (np.array_equal(two.get(k), one[k], equal_nan=one[k].dtype.kind == "f") for k in one)
     return one.keys() != two.keys() or not all(same)
-  return path.name not in BOOKKEEPING and path.read_bytes() != other.read_bytes()
+  return path.name not in TIMED and path.read_bytes() != other.read_bytes()
 
 
 def _leakage(path):
