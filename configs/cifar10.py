@@ -15,7 +15,7 @@ protocol=paper: 64 shadows and 10 targets, 160 epochs, and 20 000 steps of AdaRo
   for several accelerators (launch/slurm.sh, k8s.yaml).
 protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores, 24
   minutes (measured): accuracy 59.1 %, AUC .844, TPR 5.8 % at 0.1 % FPR in full precision, 2.1 to
-  2.9 % at 1.58 bit. The table is in README.md.
+  2.9 % at 1.58 bit. The table is in BUILD_NOTES.md.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
   compilation. The numbers mean nothing.
 recipe=fast or paper: how each model is trained, if not as the protocol has it, such as

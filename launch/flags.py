@@ -26,7 +26,7 @@ USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryErro
 BAD_CONFIG = (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError)
 
 FLAGS = {
-  "workdir": "Where everything is written, and resumed from; runs/NAME of --config=NAME.py.",
+  "workdir": "Where everything is written, and resumed from; {} if not given.",
   "models": "Folder of the trained models, if not WORKDIR/models; several audits may share one.",
   "shard": "I/N: do part I of N of the models, from 0/N on; auto: as a scheduler's variables say.",
   "compilation_cache": "Folder of JAX's compilation cache ('' for none).",
@@ -57,6 +57,7 @@ def launch(
   """
   options, switches, several = options or {}, switches or {}, several or {}
   for name, text in FLAGS.items():
+    text = text.format(workdir or "runs/NAME of --config=NAME.py")
     flags.DEFINE_string(name, workdir if name == "workdir" else None, text)
   for name, text in options.items():
     flags.DEFINE_string(name, None, text)

@@ -22,11 +22,7 @@ def run(config, workdir, *, shard, models=None, tensorboard=False) -> None:
 
 
 def main() -> None:
-  flags.launch(
-    run,
-    description=__doc__,
-    switches={"tensorboard": progress.TENSORBOARD},
-  )
+  flags.launch(run, description=__doc__, switches={"tensorboard": progress.TENSORBOARD})
 
 
 if __name__ == "__main__":

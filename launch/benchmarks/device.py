@@ -100,7 +100,7 @@ def without_room_none(measure) -> dict:
   try:
     return measure()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not parallel.is_out_of_memory(error):
       raise
     return {"seconds": None}
 

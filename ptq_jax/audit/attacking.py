@@ -31,7 +31,7 @@ from ptq_jax.report.records import Variant
 NUM_EXAMPLES = 24
 """So many of the most exposed examples are named in the records."""
 
-PARTS = ("attack", "metrics", "report/records", "audit/attacking")
+PARTS = ("attack", "metrics", "report/records", "audit/attacking", "audit/training")
 """Of the package, on whose code results depend."""
 
 

@@ -4,7 +4,8 @@
                         how images are normalised, to run its networks
     membership.npz      shadows bool[M, E] and targets bool[T, E]: who trained on what
     models/             (or --models) work.json and membership.npz, see `work`; CHUNK/trained and
-                        CHUNK/training have Orbax checkpoints of a chunk's models, stacked
+                        CHUNK/training have Orbax checkpoints of a chunk's models, stacked, and
+                        CHUNK/metrics.jsonl their loss and accuracy by epoch
     scores/VARIANT/     CHUNK.npz: scores float32[m, E, V], accuracy on test images and on the own
                         members [m], size of those models
     quantized/VARIANT/  CHUNK.npz: their integer codes, grids and full-precision rest
@@ -191,13 +192,13 @@ class Audit:
 
   @contextlib.contextmanager
   def models_locked(self, chunk: Chunk, say: Callable[[str], None]):
-    """Holds a chunk's models, which audits may share; waits, and says so, while one trains them."""
+    """Holds a chunk's models, which audits may share; says so if it waits for another audit."""
     path = self.trained / "locks" / chunk.name
     with contextlib.ExitStack() as held:
       try:
         held.enter_context(work.locked(path, wait=False))
       except work.Busy as owner:
-        say(f"waiting for {chunk.name}, which {owner} trains for another audit.")
+        say(f"waiting for the models of {chunk.name}, which {owner} has for another audit.")
         held.enter_context(work.locked(path))
       yield
 
@@ -360,11 +361,11 @@ class Audit:
           stage = "train_shadows" if variant == FULL_PRECISION else "quantize"
           raise FileNotFoundError(f"{path} is missing; run bash launch/run {stage} first.")
         parts.append(storage.load_arrays(path))
-    names = [  # an earlier version wrote fewer
-      name
-      for name, array in parts[0].items()
-      if len(np.shape(array)) and "unit_" not in name and all(name in part for part in parts)
+    names = [
+      name for name, array in parts[0].items() if len(np.shape(array)) and "unit_" not in name
     ]
+    if not all("member_accuracy" in part for part in parts):  # an earlier version did not count it
+      names = [name for name in names if name != "member_accuracy"]
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
   @functools.cached_property

@@ -154,7 +154,7 @@ def _spoils(audit, key):
   if section == "queries" and name != "batch_size":
     return any((audit.root / "scores").glob("*/*.npz"))
   free = ("methods", "levels", "last_layer_levels", "sweep_last_layer_at")
-  if section != "quantize" or name in free or name.endswith(OPERATIONAL_OPTIONS):
+  if section != "quantize" or name in free or name.rpartition(".")[2] in OPERATIONAL_OPTIONS:
     return False
   method = name.partition(".")[0]
   pattern = f"{method}-*/*.npz" if method in METHODS else "*-*/*.npz"
@@ -333,7 +333,7 @@ def _check_quantize(audit):
     if method not in METHODS:
       raise ValueError(f"quantize.methods has {method!r}; choose among {', '.join(METHODS)}.")
     size = quantize.get(method, {}).get("calibration_size")
-    if size is not None and not (_number(size) and 1 <= size <= quantize.calibration_size):
+    if size is not None and not (isinstance(size, int) and 1 <= size <= quantize.calibration_size):
       raise ValueError(
         f"quantize.{method}.calibration_size is {size}; it must be in 1.."
         f"{quantize.calibration_size}, quantize.calibration_size."
@@ -341,7 +341,7 @@ def _check_quantize(audit):
   for variant in audit.variants():
     for levels in (variant.levels, variant.last_layer_levels or 2):
       grid.check_levels(levels)
-  for method in settings.SETTINGS["quantize"].keys() & METHODS.keys():
+  for method in filter(settings.SETTINGS["quantize"].get, METHODS):  # a registered one has none
     for key, value in settings.dotted(settings.plain(quantize[method])).items():
       option = key.rpartition(".")[2]
       words = CHOICES.get((method, key)) or CHOICES.get(("grid_options", option))

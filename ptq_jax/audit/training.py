@@ -38,8 +38,7 @@ def train(audit: Audit) -> list[str]:
       try:
         with audit.locked(chunk):
           if audit.pending(FULL_PRECISION, chunk):
-            with audit.models_locked(chunk, stage.say):
-              finish_chunk(audit, chunk, stage)
+            finish_chunk(audit, chunk, stage)
       except work.Busy as owner:
         busy.append(f"{chunk.name}: {owner}")
   return busy
@@ -54,10 +53,13 @@ def finish_chunk(audit: Audit, chunk: Chunk, stage: Stage) -> None:
 def train_chunk(audit: Audit, chunk: Chunk, stage: Stage):
   """Trained variables of a chunk, stacked: from its checkpoint, or trained and then saved.
 
-  With fewer models in a program if they do not fit.
+  With fewer models in a program if they do not fit. Audits that share models take turns here.
   """
   directory, epochs = audit.model_directory(chunk), audit.config.train.epochs
-  with storage.Checkpoints(directory / "trained", keep=1) as trained:
+  with (
+    audit.models_locked(chunk, stage.say),
+    storage.Checkpoints(directory / "trained", keep=1) as trained,
+  ):
     saved = restore(audit, chunk, trained, states_like(audit, chunk).variables, stage.say)
     if saved.tree is not None:
       stage.advance(len(chunk) * epochs)
@@ -208,7 +210,7 @@ class Curve:
 
   def add(self, step: int, metrics: fit.Metrics) -> float:
     """Appends means since the row before, [M] each; returns the epochs that are done."""
-    epoch = round(step / self.steps_per_epoch, 3)
+    epoch = step / self.steps_per_epoch
     each = {name: np.round(values, 5).tolist() for name, values in metrics._asdict().items()}
     self._rows.append({"step": step, "epoch": epoch, **each})
     storage.write_records(self._path, map(storage.sealed, self._rows))
@@ -253,7 +255,7 @@ def show(stage: Stage, chunk: Chunk, curve: Curve, done) -> None:
     means = {name: float(values.mean()) for name, values in metrics._asdict().items()}
     stage.advance(
       len(chunk) * sum(weights) / curve.steps_per_epoch,
-      f"{chunk.name}, epoch {epoch:g}, loss {means['loss']:.3f}",
+      f"{chunk.name}, epoch {epoch:.4g}, loss {means['loss']:.3f}",
       Measured(chunk.name, step, means),
     )
 

@@ -217,11 +217,10 @@ def _fit_points(studies: Studies, fpr: float) -> list[str]:
         " attacker still finds"
         f" {low if low == high else f'{low} to {high}'} of what it finds in full precision."
       )
-  if len(best) > 3 and (
-    correlation := _rank_correlation(
-      [fit.lost.value for fit in best], [fit.left["value"] for fit in best]
-    )
-  ):
+  correlation = _rank_correlation(
+    [fit.lost.value for fit in best], [fit.left["value"] for fit in best]
+  )
+  if correlation is not None:
     points.append(
       "Lost accuracy on members and leakage left to the best attacker have rank correlation"
       f" {correlation:+.2f} over {len(best)} {whose} (those of one study share their networks, so"
@@ -231,7 +230,9 @@ def _fit_points(studies: Studies, fpr: float) -> list[str]:
 
 
 def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-  """Spearman's, with equal values of equal rank; None if either does not vary."""
+  """Spearman's, equal values of equal rank; None of fewer than four, or if one never varies."""
+  if len(one) < 4:
+    return None
   ranks = []
   for values in map(np.asarray, (one, other)):
     ordered = np.sort(values)

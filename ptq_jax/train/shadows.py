@@ -219,7 +219,7 @@ def lowering_rates(
         marks.append(time.perf_counter())
       rates[lowering] = images_seen / min(marks[2] - marks[1], marks[3] - marks[2])
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+      if not parallel.is_out_of_memory(error):
         raise
       rates[lowering] = 0.0
   return rates

@@ -87,20 +87,31 @@ def test_a_resumed_training_goes_on_with_its_curve(finished, tmp_path, monkeypat
     assert heard.measured[0].values["loss"] == pytest.approx(np.mean(curve(finished)[0]["loss"]))
 
 
-def test_audits_that_share_models_wait_for_training_and_share_nothing_else(finished, tmp_path):
-  """Whoever trains a chunk for another audit is waited for; whoever quantizes it is not."""
+def waits(audit, lock, stage):
+  """Runs a stage while somebody holds a lock until it has said so; what the stage returns."""
+  before = len(audit.listener)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool, work.locked(lock):
+    done = pool.submit(stage, audit)
+    while len(audit.listener) == before and not done.done():
+      time.sleep(0.01)
+    assert not done.done()
+  assert audit.listener[before].startswith(f"waiting for the models of {lock.name}, which process ")
+  return done.result()
+
+
+def test_audits_that_share_models_take_turns_with_them_and_share_nothing_else(finished, tmp_path):
   models = tmp_path / "models"
   shutil.copytree(finished / "models", models)
-  audit = preflight.open_audit(tiny_config(), tmp_path / "own", trained=models, listener=Heard())
-  lock = models / "locks" / "shadows-00000-00004"
-  with concurrent.futures.ThreadPoolExecutor(1) as pool, work.locked(lock):
-    trained = pool.submit(training.train, audit)
-    while not audit.listener and not trained.done():
-      time.sleep(0.01)
-    assert audit.listener[-1].startswith("waiting for shadows-00000-00004, which process ")
-    assert not trained.done()
-  assert trained.result() == []
-  with work.locked(lock):
+  audit, other = (
+    preflight.open_audit(tiny_config(), tmp_path / name, trained=models, listener=Heard())
+    for name in ("own", "other")
+  )
+  chunk = audit.work.chunks[0]
+  assert waits(audit, models / "locks" / chunk.name, training.train) == []
+  shutil.rmtree(models / chunk.name / "trained")  # so that quantizing has to train
+  assert waits(audit, models / "locks" / chunk.name, quantizing.quantize) == []
+  shutil.rmtree(tmp_path / "own" / "quantized")
+  with other.locked(chunk):  # what another audit does with the same models is its own affair
     assert quantizing.quantize(audit) == []
   own, expected = scores(tmp_path / "own"), scores(finished)
   assert own.keys() == expected.keys()

@@ -1,6 +1,7 @@
 """What TensorBoard is given."""
 
 import struct
+import sys
 
 import pytest
 
@@ -36,3 +37,10 @@ def test_loss_and_accuracy_become_event_files_and_events_are_handed_on(tmp_path)
     ("train/accuracy", 6, 0.5),
   ]
   assert len(heard) == 3
+
+
+def test_a_missing_package_is_one_sentence_before_anything_runs(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(ValueError, match="--tensorboard needs another package: pip install"):
+    progress.listener(tmp_path, True)
+  assert isinstance(progress.listener(tmp_path, False), progress.Lines)
