@@ -65,8 +65,10 @@ def attack(audit: Audit, *, command: str = "") -> None:
       omitted += [attacked.left_out] if attacked.left_out else []
       stage.advance(1, variant_name(variant))
     found += exposures(audit, evidence)
-  if (curves := training.curves(audit)) is not None:
-    found.append(records.make("training", **curves))
+  try:
+    found.append(records.make("training", **training.curves(audit)))
+  except ValueError as error:
+    audit.say(str(error))
   path = audit.root / "results.jsonl"
   storage.write_records(
     path, [run_record(audit, inputs, command), *found, *warnings(audit, found, omitted)]

@@ -217,31 +217,37 @@ class Curve:
     return epoch
 
 
-def curves(audit: Audit) -> dict[str, list[float]] | None:
+def curves(audit: Audit) -> dict[str, list[float]]:
   """Mean, lowest and highest loss and accuracy over all models by epoch, lists of [epochs].
 
-  None unless every chunk's can be read to the end: nothing depends on them.
+  Raises:
+    ValueError: one sentence, if a chunk's cannot be read to the end; nothing depends on them.
   """
-  epochs, found = audit.config.train.epochs, []
-  try:
-    for chunk in audit.work.chunks:
-      path = audit.model_directory(chunk) / "metrics.jsonl"
-      rows = [storage.unsealed(row, path) for row in storage.read_records(path)]
-      values = np.array([[row["loss"], row["accuracy"]] for row in rows])  # [rows, 2, M]
-      until = np.array([row["epoch"] for row in rows])
-      weights, epoch = np.diff(until, prepend=0), np.ceil(until)
-      if values.shape[1:] != (2, len(chunk)) or set(epoch) != set(range(1, epochs + 1)):
-        return None
-      each = [np.average(values[epoch == e], 0, weights[epoch == e]) for e in sorted(set(epoch))]
-      found.append(np.stack(each))
-  except (FileNotFoundError, storage.CorruptFileError, KeyError, TypeError, ValueError):
-    return None
-  joined = np.round(np.concatenate(found, axis=-1), 5)  # [epochs, 2, all models]
+  found = np.concatenate([_by_epoch(audit, chunk) for chunk in audit.work.chunks], axis=-1)
   return {
-    f"{name}{suffix}": function(joined[:, i], axis=-1).tolist()
+    f"{name}{suffix}": np.round(function(found[:, i], axis=-1), 5).tolist()
     for i, name in enumerate(("loss", "accuracy"))
     for suffix, function in (("", np.mean), ("_low", np.min), ("_high", np.max))
   }
+
+
+def _by_epoch(audit, chunk):
+  """float[epochs, 2, M], loss and accuracy of a chunk's models."""
+  path, epochs = audit.model_directory(chunk) / "metrics.jsonl", audit.config.train.epochs
+  try:
+    rows = [storage.unsealed(row, path) for row in storage.read_records(path)]
+    values = np.array([[row["loss"], row["accuracy"]] for row in rows])  # [rows, 2, M]
+    until = np.array([row["epoch"] for row in rows])
+    weights, epoch = np.diff(until, prepend=0), np.ceil(until)
+    if values.shape[1:] == (2, len(chunk)) and set(epoch) == set(range(1, epochs + 1)):
+      each = [np.average(values[epoch == e], 0, weights[epoch == e]) for e in sorted(set(epoch))]
+      return np.stack(each)
+    problem = "does not have every epoch of every model"
+  except FileNotFoundError:
+    problem = "is missing"
+  except (storage.CorruptFileError, KeyError, TypeError, ValueError):
+    problem = "is damaged"
+  raise ValueError(f"{path} {problem}: no training curve on the page; results do not need it.")
 
 
 def show(stage: Stage, chunk: Chunk, curve: Curve, done) -> None:

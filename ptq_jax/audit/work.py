@@ -13,6 +13,7 @@ need not know each other: each takes chunks that nobody has locked, or those of 
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -424,6 +425,10 @@ def own_gpus(environment: Mapping[str, str] = os.environ) -> str | None:
   return ",".join(gpus[int(local) :: tasks])
 
 
+NO_LOCKS = {None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+"""What a file system says that has none; filelock turns the first into an error without number."""
+
+
 class Busy(Exception):  # noqa: N818
   """Somebody else has the lock."""
 
@@ -437,7 +442,7 @@ def locked(path: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
     wait: for its owner, or raise at once.
   Raises:
     Busy: with who has it, if it is taken and `wait` is false.
-    OSError: one sentence, if the file system has no locks.
+    OSError: one sentence, if the file system has no locks or something else is in the way.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   lock = filelock.FileLock(path)
@@ -448,10 +453,12 @@ def locked(path: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
       raise Busy(path.read_text().strip() or "somebody") from None
     raise Busy("somebody") from None
   except (OSError, NotImplementedError) as error:
-    raise OSError(
-      f"{path} cannot be locked ({error}); the workdir needs a file system with locks (NFS 4, or "
-      "Lustre mounted with flock)."
-    ) from error
+    why = (
+      "; the workdir needs a file system with locks (NFS 4, or Lustre mounted with flock)"
+      if getattr(error, "errno", None) in NO_LOCKS
+      else ""
+    )
+    raise OSError(f"{path} cannot be locked ({error}){why}.") from error
   try:
     path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     yield

@@ -14,7 +14,7 @@ from ptq_jax import storage
 from ptq_jax.audit import preflight, quantizing, stopping, training, work
 from ptq_jax.report import records
 from ptq_jax.train import shadows
-from tests.audit.conftest import Heard, opened, scores, tiny_config
+from tests.audit.conftest import Heard, opened, run, scores, tiny_config
 
 CHUNK = "models/shadows-00000-00004"
 
@@ -57,9 +57,19 @@ def test_results_have_the_mean_over_all_models(finished, copied):
   np.testing.assert_allclose(record["loss"], every.mean(axis=(0, 2)), atol=1e-5)
   np.testing.assert_allclose(record["loss_high"], every.max(axis=(0, 2)), atol=1e-5)
   path, audit = copied / CHUNK / "metrics.jsonl", opened(copied)
-  for text in (path.read_text().replace('"step": 6', '"step": 7'), '{"step": 3}\n'):
+  lines = path.read_text().splitlines(keepends=True)
+  texts = {
+    "is damaged": "".join(lines).replace('"step": 6', '"step": 7'),
+    "does not have every epoch": lines[0],
+  }
+  for problem, text in texts.items():
     path.write_text(text)
-    assert training.curves(audit) is None
+    with pytest.raises(ValueError, match=f"metrics.jsonl {problem}"):
+      training.curves(audit)
+  path.unlink()
+  said = run(copied, attack__confidence=0.9)
+  assert any("metrics.jsonl is missing" in sentence for sentence in said)
+  assert not records.select(storage.read_records(copied / "results.jsonl"), "training")
 
 
 @pytest.mark.parametrize("damage", [None, b"{}\n", b"\xff"])

@@ -1,6 +1,7 @@
 """The work list: frozen, read back, grown, shared out; thousands of models without training one."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import subprocess
@@ -167,6 +168,25 @@ def test_a_chunk_is_held_by_one_and_let_go_when_its_owner_dies(tmp_path):
   owner.wait()
   with work.locked(path, wait=False):
     pass
+
+
+@pytest.mark.parametrize(
+  ("error", "hint"),
+  [
+    (OSError(errno.EMFILE, "Too many open files"), False),
+    (OSError(errno.ENOLCK, "No locks available"), True),
+    (NotImplementedError("no flock"), True),
+  ],
+)
+def test_a_lock_that_cannot_be_had_says_why(tmp_path, monkeypatch, error, hint):
+  def acquire(self, **_):
+    raise error
+
+  monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+  with pytest.raises(OSError, match="cannot be locked") as raised, work.locked(tmp_path / "lock"):
+    pass
+  assert str(error) in str(raised.value)
+  assert ("file system with locks" in str(raised.value)) == hint
 
 
 def test_halved_programs_are_written_down(tmp_path):
