@@ -20,9 +20,6 @@ def get_config(arg=""):
   config.train.epochs = args["epochs"]
   config.train.models_per_chunk = 16
   config.train.checkpoint_minutes = 1.0
-  # With 14 shadows a variance per example is a coarse guess; the pooled one is steady.
-  lira = ("lira_online_pooled", "lira_online", "lira_offline_pooled")
-  config.attack.attacks = (*lira, "rmia_online", "loss_threshold")
   config.attack.fprs = (0.01, 0.001)
   config.quantize.last_layer_levels = ("same", 256)
   for section, key in (

@@ -15,6 +15,4 @@ def get_config(arg=""):
   settings.parse_arg(arg, {})
   config = settings.audit_defaults()
   config.name = "own"
-  lira = ("lira_online_pooled", "lira_online", "lira_offline_pooled")
-  config.attack.attacks = (*lira, "rmia_online", "loss_threshold")  # few shadows: pooled first
   return config

@@ -85,7 +85,6 @@ def fast(config):
   config.model = dict(name="resnet18", dtype="auto")
   config.train.models = 16
   config.quantize.calibration_size = 1024
-  config.attack.attacks = LIRA_OF_FEW_SHADOWS
 
 
 def paper(config):
@@ -168,7 +167,6 @@ def small(config):
   config.quantize.last_layer_levels = ("same",)
   config.quantize.sweep_last_layer_at = (3,)
   config.quantize.calibration_size = 512
-  config.attack.attacks = LIRA_OF_FEW_SHADOWS
 
 
 def deep(config):
@@ -192,15 +190,6 @@ def deep(config):
   config.quantize.sweep_last_layer_at = ()
   config.quantize.calibration_size = 100
 
-
-LIRA_OF_FEW_SHADOWS = (
-  "lira_online_pooled",  # with 14 shadows a variance per example is a coarse guess
-  "lira_online",
-  "lira_offline_pooled",
-  "rmia_online",
-  "loss_threshold",
-)
-"""What attacks when there are few shadows; the first is the main one."""
 
 PROTOCOLS = {"fast": fast, "paper": paper, "small": small, "deep": deep, "smoke": smoke}
 RECIPES = {"fast": fast_recipe, "paper": paper_recipe}

@@ -139,7 +139,15 @@ SETTINGS: dict[str, Any] = {
   },
   "attack": {
     "attacks": (
-      ("lira_online", "lira_online_pooled", "lira_offline", "loss_threshold"),
+      # With few shadows a variance per example is a coarse guess; the pooled one is steady.
+      (
+        "lira_online_pooled",
+        "lira_online_shrunk",
+        "lira_online",
+        "lira_offline_pooled",
+        "rmia_online",
+        "loss_threshold",
+      ),
       "of ptq_jax.attack.protocol.ATTACKS; the first is the main one",
     ),
     "fprs": ((0.01, 0.001, 0.0001, 0.00001), "false-positive rates, in (0, 1]"),

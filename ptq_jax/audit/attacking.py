@@ -1,16 +1,18 @@
 """Attacks on every variant of every target, and what they found.
 
 Reads the scores of an audit, writes results.jsonl. Every quantized target meets several attackers
-(`ATTACKERS`); verdicts count with the one that did best among models whose membership it knows.
+(`records.ATTACKERS`) with several attacks; verdicts count with the pair that did best among models
+whose membership the attacker knows.
 `attack_files` attacks scores that any framework saved.
 """
 
+import collections
 import datetime
 import functools
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -135,9 +137,14 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
     common["scores"]["matched_shadows"] = leakage.score_moments(
       own["shadow_scores"], shadow_members
     )
-  candidates = {who: rows[main] for who, rows in found.items() if who != "releases"}
-  serves, chosen = best_attacker(candidates, members, shadow_members, options.fprs)
-  found["best"] = best_of(found, chosen, main)
+  candidates = {
+    (who, name): rows
+    for who, attacks in found.items()
+    for name, rows in attacks.items()
+    if who != "releases"
+  }
+  chosen = best_attacker(candidates, members, shadow_members, options.fprs)
+  found["best"] = {main: best_of(candidates, chosen)}
   leaks, samples = [], {}
   for attacker, attacks in found.items():
     for name, rows in attacks.items():
@@ -168,7 +175,7 @@ def attack_variant(audit: Audit, variant: Variant, full: dict, base: Attacked | 
         if group == "all" and name == main:
           summary["epsilon"] = bound_on_epsilon(options, rows.targets, examples.members)
         if attacker == "best":
-          summary["chosen"] = serves
+          summary["chosen"] = served(chosen)
         if attacker == "best" and name == main and group == "all":
           summary["classes"] = per_class(audit, rows.targets, members)
         about = {"attacker": attacker, "attack": name, "members": group}
@@ -229,48 +236,49 @@ def every_attack(audit: Audit, plain: dict, own: dict, members, *, is_full: bool
   return found
 
 
-def best_attacker(candidates: dict, members, shadow_members, fprs) -> tuple[dict, list[str]]:
-  """Which attacker to count with, chosen for each target without its membership.
+def best_attacker(
+  candidates: Mapping[tuple[str, str], Scores], members, shadow_members, fprs
+) -> list[tuple[str, str]]:
+  """Which attacker and attack to count with, for each target, without its membership.
 
-  The one with the largest TPR among models whose membership the attacker knows: the shadows where
+  The pair with the largest TPR among models whose membership the attacker knows: the shadows where
   these were attacked by each other, else the other targets. TPR is read at the lowest rate at which
   every model may have ten false positives. Where nothing is known, the first that quantizes its
   shadows, or the first.
-
-  Returns:
-    How many targets each serves, and the name for every target.
   """
   others = min((~members).sum(axis=1))
   fpr = min((f for f in fprs if f * others >= 10), default=max(fprs))
-  names = list(candidates)
-  known = candidates[names[0]].known
-  rows = shadow_members if known is not None else members
-  if known is None and len(members) < 2:
-    chosen = ["matched" if "matched" in candidates else names[0]] * len(members)
-    return {chosen[0]: len(members)}, chosen
+  pairs = list(candidates)
+  known = candidates[pairs[0]].known is not None
+  rows = shadow_members if known else members
+  if not known and len(members) < 2:
+    return [next((pair for pair in pairs if pair[0] == "matched"), pairs[0])] * len(members)
   rates = np.array(
     [
       [
-        roc.tpr_at_fpr(*pair, fpr=fpr)
-        for pair in zip(
-          candidates[name].targets if known is None else candidates[name].known, rows, strict=True
-        )
+        roc.tpr_at_fpr(scores, inside, fpr=fpr)
+        for scores, inside in zip(found.known if known else found.targets, rows, strict=True)
       ]
-      for name in names
+      for found in candidates.values()
     ]
   )
-  if known is None:
-    rates = (rates.sum(axis=1, keepdims=True) - rates) / (len(members) - 1)
-  else:
+  if known:
     rates = np.repeat(rates.mean(axis=1, keepdims=True), len(members), axis=1)
-  chosen = [names[i] for i in rates.argmax(axis=0)]
-  return {name: chosen.count(name) for name in names if name in chosen}, chosen
+  else:
+    rates = (rates.sum(axis=1, keepdims=True) - rates) / (len(members) - 1)
+  return [pairs[i] for i in rates.argmax(axis=0)]
 
 
-def best_of(found: dict, chosen: list[str], main: str) -> dict[str, Scores]:
-  """The main attack by the attacker chosen for each target."""
-  rows = np.stack([found[who][main].targets[t] for t, who in enumerate(chosen)])
-  return {main: Scores(rows, found[chosen[0]][main].known)}
+def best_of(candidates: Mapping[tuple[str, str], Scores], chosen: Sequence) -> Scores:
+  """The scores of the one that was chosen for each target."""
+  rows = np.stack([candidates[pair].targets[t] for t, pair in enumerate(chosen)])
+  return Scores(rows, candidates[chosen[0]].known)
+
+
+def served(chosen: Sequence[tuple[str, str]]) -> list[dict]:
+  """How many targets each attacker and attack was chosen for, most first."""
+  counts = collections.Counter(chosen).most_common()
+  return [{"attacker": who, "attack": name, "targets": n} for (who, name), n in counts]
 
 
 def comparisons(samples, base, attacker, name, group, kept, options) -> dict:

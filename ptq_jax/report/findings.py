@@ -362,17 +362,21 @@ def _underestimate_point(quantized: Sequence[Row], fpr: float) -> list[str]:
   more, fewer = (
     [v for v, gap in known.items() if gap.sure and sign * gap.value > 0] for sign in (1, -1)
   )
+  attack = records_lib.attack_name(quantized[0].counted["attack"])
   if not more:
-    sentence = "No attacker finds measurably more members than one with full-precision shadows"
+    sentence = (
+      f"The best attacker finds measurably more members than {attack} with full-precision shadows"
+      " nowhere"
+    )
     if fewer:
-      sentence += f"; in {len(fewer)} of {len(known)} quantized variants the chosen one finds fewer"
+      sentence += f"; in {len(fewer)} of {len(known)} quantized variants it finds fewer"
     return [f"{sentence}."]
   which = max(more, key=lambda v: known[v].value)
   row = next(row for row in quantized if row.variant == which)
   seen, found = (_percent(_rate(record, fpr), fpr) for record in (row.full_precision, row.counted))
   sentence = (
-    "An attacker who does not quantize its shadows and does not rescale underestimates leakage most"
-    f" for {records_lib.describe(which)}: it finds {seen} of members where the best attacker finds"
+    f"{attack} with full-precision shadows, on scores as they are, underestimates leakage most for"
+    f" {records_lib.describe(which)}: it finds {seen} of members where the best attacker finds"
     f" {found}"
   )
   counts = {"more": len(more), "fewer": len(fewer)}

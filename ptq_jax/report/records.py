@@ -31,8 +31,8 @@ ATTACKERS = {
   "releases": "full precision and this version, both published",
   "given": "given shadows",
 }
-"""Who attacks. The best is one of those before it, chosen by the attacker for each target among
-models whose membership it knows; verdicts count with it."""
+"""Who attacks. The best is one of those before it with one of the attacks, chosen by the attacker
+for each target among models whose membership it knows; verdicts count with it."""
 
 COMPARED = {
   "full_precision": "scores as they are",
