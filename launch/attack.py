@@ -21,7 +21,7 @@ import pathlib
 
 from launch import flags, progress
 from ptq_jax import storage
-from ptq_jax.audit import attacking, preflight, reporting, work
+from ptq_jax.audit import attacking, preflight, reporting, saved_scores, work
 
 OPTIONS = {
   "scores": "An .npz file or a folder of shadow scores to attack instead of an audit's.",
@@ -43,9 +43,7 @@ def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> No
   if not flags.given("workdir"):
     workdir = pathlib.Path("runs", f"scores-{pathlib.Path(scores).stem}")
   with work.pinned_randomness():
-    attacking.attack_files(
-      config, storage.require_writable(workdir), scores, targets, command=command
-    )
+    saved_scores.attack(config, storage.require_writable(workdir), scores, targets, command=command)
     found = reporting.report(workdir, options=config.report, listener=listener)
     print(reporting.summary(found, workdir), flush=True)
 

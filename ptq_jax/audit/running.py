@@ -9,7 +9,16 @@ from typing import Any
 import flax.linen as nn
 
 from ptq_jax import models, settings, storage
-from ptq_jax.audit import attacking, events, preflight, quantizing, reporting, training, work
+from ptq_jax.audit import (
+  attacking,
+  events,
+  preflight,
+  quantizing,
+  reporting,
+  saved_scores,
+  training,
+  work,
+)
 from ptq_jax.audit.layout import FULL_PRECISION, Audit
 from ptq_jax.data import load
 from ptq_jax.report import records
@@ -190,7 +199,7 @@ def run_scores(
 
   Args:
     shadows: {"scores": float[M, E, V] or [M, E], higher means member, "members": bool[M, E]}, and
-      what else `attacking.read_scores` knows; or an .npz file of these.
+      what else `saved_scores.read` knows; or an .npz file of these.
     targets: the same of T targets on the same examples; None: every shadow is target once.
     workdir: of these results alone.
     config: its sections attack and report, and its seed; as in `run`.
@@ -203,7 +212,7 @@ def run_scores(
   """
   config, root = _config(config, chosen), storage.require_writable(workdir)
   with work.pinned_randomness():
-    attacking.attack_files(config, root, shadows, targets)
+    saved_scores.attack(config, root, shadows, targets)
     found = reporting.report(root, options=config.report, listener=progress)
   return Result(found, root)
 
