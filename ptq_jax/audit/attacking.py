@@ -237,31 +237,30 @@ def best_attacker(
   """Which attacker and attack to count with, for each target, without its membership.
 
   The pair with the largest TPR among models whose membership the attacker knows: the shadows where
-  these were attacked by each other, else the other targets. TPR is read at the lowest rate at which
-  every model may have ten false positives. Where nothing is known, the first that quantizes its
-  shadows, or the first.
+  these were attacked by each other, else the other targets, less the one on the complementary half,
+  whose membership tells the target's. TPR is read at the lowest rate at which every model may have
+  ten false positives. Where nothing is known, the first that quantizes its shadows, or the first.
   """
   others = min((~members).sum(axis=1))
   fpr = min((f for f in fprs if f * others >= 10), default=max(fprs))
   pairs = list(candidates)
-  known = candidates[pairs[0]].known is not None
-  rows = shadow_members if known else members
-  if not known and len(members) < 2:
+  if candidates[pairs[0]].known is not None:
+    models, used = shadow_members, np.ones((len(members), len(shadow_members)), bool)
+    rows = [found.known for found in candidates.values()]
+  else:
+    models, rows = members, [found.targets for found in candidates.values()]
+    inside = members.astype(np.float32)
+    alike = inside @ inside.T + (1 - inside) @ (1 - inside).T  # examples on the same side
+    used = (alike > 0) & ~np.eye(len(members), dtype=bool)
+  if not used.any(axis=1).all():
     return [next((pair for pair in pairs if pair[0] == "matched"), pairs[0])] * len(members)
   rates = np.array(
     [
-      [
-        roc.tpr_at_fpr(scores, inside, fpr=fpr)
-        for scores, inside in zip(found.known if known else found.targets, rows, strict=True)
-      ]
-      for found in candidates.values()
+      [roc.tpr_at_fpr(scores, inside, fpr=fpr) for scores, inside in zip(each, models, strict=True)]
+      for each in rows
     ]
-  )
-  if known:
-    rates = np.repeat(rates.mean(axis=1, keepdims=True), len(members), axis=1)
-  else:
-    rates = (rates.sum(axis=1, keepdims=True) - rates) / (len(members) - 1)
-  return [pairs[i] for i in rates.argmax(axis=0)]
+  )  # [pairs, models]
+  return [pairs[i] for i in (rates @ used.T / used.sum(axis=1)).argmax(axis=0)]
 
 
 def best_of(candidates: Mapping[tuple[str, str], Scores], chosen: Sequence) -> Scores:

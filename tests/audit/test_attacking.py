@@ -122,7 +122,7 @@ def test_every_attacker_is_a_row_with_paired_differences(leave_one_out):
 
 
 def test_the_best_attacker_does_not_look_at_the_targets_membership():
-  """Swapping one target's members for its non-members changes nothing for that target."""
+  """Swapping a target's members for its non-members, and its partner's, changes nothing for it."""
   rng = np.random.default_rng(1)
   members = paired(rng, M)
   candidates = {
@@ -133,7 +133,7 @@ def test_the_best_attacker_does_not_look_at_the_targets_membership():
   chosen = attacking.best_attacker(candidates, members, members, (0.1,))
   for t in range(M):
     swapped = members.copy()
-    swapped[t] = ~swapped[t]
+    swapped[[t, t ^ 1]] = ~swapped[[t, t ^ 1]]
     assert attacking.best_attacker(candidates, swapped, members, (0.1,))[t] == chosen[t]
   known = {
     pair: rows._replace(known=rng.normal(size=(4, E)) + (2.0 if pair == rescaled else 0))
@@ -144,9 +144,10 @@ def test_the_best_attacker_does_not_look_at_the_targets_membership():
     pair: rows._replace(known=rows.known * (2 * shadows - 1)) for pair, rows in known.items()
   }
   assert attacking.best_attacker(known, members, shadows, (0.1,)) == [rescaled] * M
-  alone = {pair: rows._replace(targets=rows.targets[:1]) for pair, rows in candidates.items()}
-  [pair] = attacking.best_attacker(alone, members[:1], members, (0.1,))
-  assert pair == ("matched", "lira_online")
+  for few in (1, 2):  # nobody is left but the partner
+    alone = {pair: rows._replace(targets=rows.targets[:few]) for pair, rows in candidates.items()}
+    pairs = attacking.best_attacker(alone, members[:few], members, (0.1,))
+    assert pairs == [("matched", "lira_online")] * few
 
 
 def test_the_best_attacker_has_every_attack(leave_one_out):
