@@ -1,6 +1,8 @@
 """Compiled programs, read: one written by hand, and a training step for a CPU."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +108,18 @@ def test_training_is_one_loop_that_updates_its_states_in_place():
   assert program.loops().count(3) == 1
   parameters = 4 * (9 * 8 + 9 * 8 * 16 + 9 * 16 * 32)  # bytes of the kernels of the convolutions
   assert needs.alias_size_in_bytes > 2 * parameters  # with their momentum
+
+
+def stacked_kernels(text, together):
+  """Operations that write the second layer's kernels of all models, by name."""
+  found = re.findall(rf"= f32\[{together},3,3,8,16\]\S* (\w[\w-]*)\(", text)
+  return collections.Counter(found)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA:CPU makes")
+def test_models_one_after_the_other_stack_no_kernels():
+  """Two in a program are sliced and stacked again; one alone is copied once, by its update."""
+  alone, both = (stacked_kernels(training(count).as_text(), count) for count in (1, 2))
+  assert alone["concatenate"] == alone["transpose"] == alone["pad"] == 0
+  assert alone["copy"] <= 1
+  assert both["concatenate"] == 1
