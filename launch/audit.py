@@ -26,7 +26,7 @@ def run(config, workdir, *, shard, models=None, verify=False, tensorboard=False)
   devices = jax.local_devices()
   against = f"{train.targets} targets" if train.targets else "each of them target once"
   print(
-    f"{config.name}: {len(data.train_labels)} images of {data.name} in the pool, "
+    f"{config.name}: {len(data.train_labels)} {data.kind} of {data.name} in the pool, "
     f"{train.models} models ({config.model.name}), {against}, {train.epochs} epochs.\n"
     f"Quantized as {', '.join(map(variant_name, audit.variants()))}.\n"
     f"Runs on {len(devices)} x {devices[0].device_kind} with JAX {jax.__version__}.\n"

@@ -253,7 +253,7 @@ def cost_of(opened: Audit) -> Cost:
   steps = batches.steps_per_epoch(pool // 2, batch_size=train.batch_size)
   images = models * train.epochs * steps * train.batch_size
   scored = models * (1 + variants) * (config.queries.views * pool + len(data.test_labels))
-  forward = flops.forward(opened.model, image_shape=data.image_shape)
+  forward = flops.forward(opened.model, image_shape=data.image_shape, dtype=data.fed(1).dtype)
   return Cost(
     models=models,
     images=images,

@@ -635,9 +635,8 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
   """What ran, where, with what."""
   data, config = audit.dataset, audit.config
   count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
-  image = jax.ShapeDtypeStruct((1, *data.image_shape), np.float32)
   init = functools.partial(call.init, audit.model)
-  parameters = jax.eval_shape(init, jax.random.key(0), image)["params"]
+  parameters = jax.eval_shape(init, jax.random.key(0), data.fed(1))["params"]
   targets = config.train.targets
   return records.run(
     name=config.name,
@@ -651,6 +650,7 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
       "members_share": float(audit.sound_members["shadows"].mean()),
       "test_size": len(data.test_labels),
       "num_classes": data.num_classes,
+      "inputs": data.kind,
       "image_shape": data.image_shape,
       "notes": data.notes,
       "duplicates": count._asdict(),

@@ -1,7 +1,7 @@
 """One audit: its config brought to life, and what lies where in its workdir.
 
     config.json         the config and the fingerprint of the data, to recognise a foreign workdir;
-                        how images are normalised, to run its networks
+                        how inputs are normalised, to run its networks
     membership.npz      shadows bool[M, E] and targets bool[T, E]: who trained on what
     models/             (or --models) work.json and membership.npz, see `work`; CHUNK/trained and
                         CHUNK/training have Orbax checkpoints of a chunk's models, stacked, and
@@ -78,7 +78,7 @@ class Audit:
     if self.given_model is not None:
       return self.given_model
     options = settings.named(self.config.model, "name")
-    return models.make(self.config.model.name, num_classes=self.dataset.num_classes, **options)
+    return models.make(self.config.model.name, **self.dataset.sizes, **options)
 
   @functools.cached_property
   def settled(self) -> dict:
@@ -113,12 +113,13 @@ class Audit:
       batch_size=train.batch_size,
       label_smoothing=train.label_smoothing,
       lowering=train.lowering if train.lowering in conv.LOWERINGS else None,
+      dtype=str(data.train_images.dtype),
     )
 
   @functools.cached_property
   def layers(self) -> list[units.Layer]:
     """Layers of the model in execution order."""
-    images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32)
+    images = self.dataset.fed(1)
     shapes = jax.eval_shape(functools.partial(call.init, self.model), jax.random.key(0), images)
     return units.layers(self.model, shapes, images)
 

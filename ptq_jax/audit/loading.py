@@ -12,29 +12,45 @@ import numpy as np
 
 from ptq_jax import models, storage, trees
 from ptq_jax.audit.layout import is_sound, variant_name
-from ptq_jax.base import Array, ArrayLike, Bool, Float, UInt8, Variables
-from ptq_jax.data import augment
-from ptq_jax.models import call
+from ptq_jax.base import Array, ArrayLike, Bool, Float, Shaped, Variables, is_traced
+from ptq_jax.data import augment, inputs
+from ptq_jax.models import call, tables
 from ptq_jax.quantize import pack
 from ptq_jax.report.records import Variant
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """One network of an audit in one variant; called with images it gives logits."""
+  """One network of an audit in one variant; called with inputs it gives logits."""
 
   model: nn.Module
   variables: Variables
   members: Bool[np.ndarray, "E"]
   """Which examples of the pool it trained on."""
   mean: Float[np.ndarray, " c"]
-  """Subtracted from images in [0, 1] before the model sees them."""
+  """Subtracted from pixels in [0, 1], or from features, before the model sees them."""
   std: Float[np.ndarray, " c"]
   """Then they are divided by this."""
+  takes: jax.ShapeDtypeStruct
+  """One input as the audit's data has it: uint8 images, float32 vectors or int32 token ids."""
 
-  def __call__(self, images: UInt8[ArrayLike, "N H W c"]) -> Float[Array, "N C"]:
-    """Logits of images as the audit's data has them."""
-    return self._run(self.variables, jnp.asarray(images))
+  def __call__(self, images: Shaped[ArrayLike, "N ..."]) -> Float[Array, "N C"]:
+    """Logits of inputs as the audit's data has them.
+
+    Raises:
+      ValueError: for inputs of another kind or shape, and for token ids that the model has no row
+        for.
+    """
+    dtype = inputs.kept_dtype(images)
+    if dtype != self.takes.dtype or images.shape[1:] != self.takes.shape:
+      raise ValueError(
+        f"this network takes {inputs.kind(self.takes.dtype)}, {self.takes.dtype} "
+        f"{['N', *self.takes.shape]}, as its audit did; got {images.dtype} {list(images.shape)}."
+      )
+    if inputs.kind(dtype) == "tokens" and not is_traced(images):
+      inputs.require_ids(np.asarray(images), "the tokens")
+      tables.require_rows(self.model, self.variables, np.asarray(images, dtype))
+    return self._run(self.variables, jnp.asarray(images, dtype))
 
   @functools.cached_property
   def _run(self):
@@ -74,10 +90,16 @@ def load_quantized(
   codes, position = _place(root, name, group, number)
   network = _model(model, stored)
   variables = trees.take(pack.unpack(pack.load(codes)), position)
-  _require_fit(network, variables, stored["images"]["shape"])
+  _require_fit(network, variables, _takes(stored))
   members = storage.load_arrays(root / "membership.npz")[codes.stem.partition("-")[0]][number]
   scale = (np.asarray(stored["images"][key], np.float32) for key in ("mean", "std"))
-  return Network(network, variables, members, *scale)
+  return Network(network, variables, members, *scale, _takes(stored))
+
+
+def _takes(stored) -> jax.ShapeDtypeStruct:
+  """One input as the audit's data has it."""
+  about = stored["images"]
+  return jax.ShapeDtypeStruct(tuple(about["shape"]), np.dtype(about.get("dtype", "uint8")))
 
 
 def _place(root, name, group, number) -> tuple[pathlib.Path, int]:
@@ -103,19 +125,19 @@ def _place(root, name, group, number) -> tuple[pathlib.Path, int]:
 
 def _model(model, stored):
   """The model that was given, or made from the config."""
-  count = stored["images"]["num_classes"]
+  sizes = {name: stored["images"].get(name) for name in ("num_classes", "num_tokens")}
   if model is None:
     options = stored["config"]["model"]
     if "given" in options:
       raise ValueError(f"this audit was given its model, {options['name']}; give it again, model=.")
-    return models.make(num_classes=count, **options)
-  return model if isinstance(model, nn.Module) else models.make(model, num_classes=count)
+    return models.make(**sizes, **options)
+  return model if isinstance(model, nn.Module) else models.make(model, **sizes)
 
 
-def _require_fit(model, variables, image_shape):
+def _require_fit(model, variables, takes):
   """Raises ValueError if the variables are not such as this model has."""
   init = functools.partial(call.init, model)
-  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, *takes.shape), inputs.fed_dtype(takes.dtype))
   wanted = trees.flatten(jax.eval_shape(init, jax.random.key(0), image))
   stored = {path: leaf.shape for path, leaf in trees.flatten(variables).items()}
   own = {path: leaf.shape for path, leaf in wanted.items()}

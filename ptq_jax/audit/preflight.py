@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import settings, storage
@@ -19,7 +18,7 @@ from ptq_jax.attack import protocol
 from ptq_jax.audit import reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment
-from ptq_jax.models import call, conv, parallel
+from ptq_jax.models import call, conv, parallel, tables
 from ptq_jax.quantize import METHODS, capture, check_model, grid
 from ptq_jax.train import shadows
 
@@ -36,6 +35,9 @@ CHOICES = {
   ("obc", "batchnorm"): ("members", "all", "none"),
 }
 """Values of options that are words."""
+
+AUGMENTATIONS = ("train.augmentation", "queries.augmentation", "quantize.calibration_augmentation")
+"""Settings that name augmentations."""
 
 GPU = pathlib.Path("/dev/nvidia0")
 """What Linux shows of the first NVIDIA GPU."""
@@ -89,7 +91,12 @@ def open_audit(
     described = {
       "config": audit.settled,
       "data": data.fingerprint,
-      "images": {"shape": [*data.image_shape], "num_classes": data.num_classes, **scale},
+      "images": {
+        "shape": [*data.image_shape],
+        "dtype": str(data.train_images.dtype),
+        **data.sizes,
+        **scale,
+      },
     }
     if _read_config(root) != described:
       storage.write_json(root / "config.json", described)
@@ -231,6 +238,8 @@ def check(audit: Audit) -> None:
     if name not in protocol.ATTACKS:
       raise ValueError(f"attack {name!r} is unknown; there are {', '.join(protocol.ATTACKS)}.")
   _check_data(audit)
+  for note in audit.dataset.notes:
+    audit.say(note)
   assert audit.recipe  # made here, so that a bad model or optimizer is known now
   _check_model(audit)
   plans = audit.plans(audit.variants())
@@ -240,6 +249,7 @@ def check(audit: Audit) -> None:
     survey = check_model(
       audit.model,
       image_shape=audit.dataset.image_shape,
+      tokens=audit.dataset.train_images[:1] if audit.dataset.kind == "tokens" else None,
       plans=plans,
       units=quantize.brecq.get("units") if "brecq" in quantize.methods else None,
       strict=any(section.get("strict") for section in methods),
@@ -306,7 +316,7 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
 
   yield "attack.fprs", rates, "false-positive rates in (0, 1], at least one"
   yield "attack.attacks", lambda v: len(v) > 0, "at least one attack"
-  for key in ("train.augmentation", "queries.augmentation", "quantize.calibration_augmentation"):
+  for key in AUGMENTATIONS:
     augment.make(tuple(settings.get(config, key)))
 
 
@@ -376,8 +386,18 @@ def _option_range(option, words):
 
 
 def _check_data(audit):
-  """Images of at least two classes, some to test on."""
+  """Examples of at least two classes, some to test on; no setting that only images have."""
   data = audit.dataset
+  if data.kind != "images":
+    for key in AUGMENTATIONS:
+      if settings.get(audit.config, key):
+        names = ", ".join(settings.get(audit.config, key))
+        raise ValueError(
+          f"{key} is {names}, but {data.name} holds {data.kind}; only images can be augmented: "
+          "leave it empty."
+        )
+  if audit.config.report.show_images:
+    reporting.require_images(data)
   for split, labels in (("pool", data.train_labels), ("test split", data.test_labels)):
     if len(np.unique(labels)) < 2:
       raise ValueError(
@@ -388,9 +408,9 @@ def _check_data(audit):
 
 
 def _check_model(audit):
-  """That the model takes the images and gives a number for each class."""
+  """That the model takes the inputs and gives a number for each class."""
   data = audit.dataset
-  images = jax.ShapeDtypeStruct((2, *data.image_shape), jnp.float32)
+  images = data.fed(2)
   name = audit.config.model.name
   try:
     init = functools.partial(call.init, audit.model)
@@ -398,15 +418,20 @@ def _check_model(audit):
     logits = jax.eval_shape(functools.partial(call.apply, audit.model), variables, images)
   except Exception as error:  # whatever a model of the user's raises
     reason = " ".join(str(error).split())[:300]
+    hint = {"vectors": " (mlp takes vectors)", "tokens": " (transformer takes tokens)"}
     raise ValueError(
-      f"model {name} cannot take images of shape {data.image_shape}: {type(error).__name__}: "
-      f"{reason}"
+      f"model {name} cannot take {data.kind} of shape {data.image_shape}"
+      f"{hint.get(data.kind, '')}: {type(error).__name__}: {reason}"
     ) from error
   if getattr(logits, "shape", None) != (2, data.num_classes):
     raise ValueError(
-      f"model {name} gives {getattr(logits, 'shape', logits)} for 2 images of {data.num_classes} "
+      f"model {name} gives {getattr(logits, 'shape', logits)} for 2 {data.kind} of "
+      f"{data.num_classes} "
       f"classes; it must give logits (2, {data.num_classes})."
     )
+  if data.kind == "tokens":
+    splits = (data.train_images, data.test_images)
+    tables.require_rows(audit.model, variables, np.stack([split.max(axis=0) for split in splits]))
   for layer in audit.layers:
     if not all((*layer.input_shape, *layer.output_shape)):
       raise ValueError(

@@ -152,6 +152,15 @@ def check(options: settings.Config | Mapping[str, Any]) -> None:
     raise ValueError("report.show_images needs report.figures, without which nothing is drawn.")
 
 
+def require_images(dataset: load.Dataset) -> None:
+  """Raises ValueError for a set whose examples cannot be shown as pictures."""
+  if dataset.kind != "images":
+    raise ValueError(
+      f"report.show_images is True, but {dataset.name} holds {dataset.kind}, no images; set it to "
+      "False (exposure.csv has the numbers of all examples)."
+    )
+
+
 def _images(found, workdir, dataset, listener):
   """uint8[K, H, W, C], the pool's images of the most exposed examples; None if there are none."""
   examples = tables.most_exposed(found)
@@ -171,6 +180,7 @@ def _images(found, workdir, dataset, listener):
     dataset = load.load(**stored["config"]["data"])
     if dataset.fingerprint != stored["data"]:
       raise ValueError(f"the data of {workdir} changed since, so its images cannot be shown.")
+  require_images(dataset)
   return dataset.train_images[[example["example"] for example in examples]]
 
 

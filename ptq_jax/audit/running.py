@@ -154,10 +154,11 @@ def run(
     config: settings, of `settings.audit_defaults`; or a config file or the name of a shipped one;
       None: the defaults.
     workdir: where everything is written.
-    data: (x_train, y_train, x_test, y_test), uint8 images [N, H, W, C] and integer labels [N];
-      a name of `data.load`, or a dict of its arguments; None: as the config says.
-    model: a Linen module for these images, or a function of `num_classes` that makes one (with an
-      argument `rngs`, an nnx module); None: as the config says.
+    data: (x_train, y_train, x_test, y_test), uint8 images [N, H, W, C], vectors float32 [N, F] or
+      token ids int32 [N, L], and integer labels [N]; a name of `data.load`, or a dict of its
+      arguments; None: as the config says.
+    model: a Linen module for these, or a function of `num_classes` that makes one (of `vocabulary`,
+      too, if it takes token ids; with an argument `rngs`, an nnx module); None: as the config says.
     progress: told what is done, see `events`.
     **chosen: settings by name, those of `SHORT` as models=16, others as {"train.momentum": 0.9}.
   Returns:
@@ -178,8 +179,8 @@ def run(
     config.data.name = "arrays"
   if model is not None:
     if not isinstance(model, nn.Module):
-      classes = (more.get("given_data") or load.load(**settings.named(config.data))).num_classes
-      model = models.make(model, num_classes=classes)
+      dataset = more.get("given_data") or load.load(**settings.named(config.data))
+      model = models.make(model, **dataset.sizes)
     more["given_model"] = model
     config.model = {"name": f"{type(model).__module__}:{type(model).__qualname__}",
                     "given": " ".join(repr(model).split())}  # fmt: skip

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Shaped, UInt8
+from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Shaped
+from ptq_jax.data import inputs
 
 Image = Shaped[ArrayLike, "H W C"]
 
@@ -77,7 +78,8 @@ class Augmentation:
     tuple[str, tuple[int, ...]], ...
   ]  # name in TRANSFORMATIONS, its whole-number arguments
 
-  def __call__(self, key: Key, image: Image) -> Image:
+  def __call__(self, key: Key, image: Shaped[ArrayLike, "..."]) -> Shaped[ArrayLike, "..."]:
+    """The image altered; without steps any input as it is."""
     for position, (name, arguments) in enumerate(self.steps):
       image = TRANSFORMATIONS[name](jax.random.fold_in(key, position), image, *arguments)
     return image
@@ -114,12 +116,12 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 def views(
   key: Key,
-  images: Shaped[ArrayLike, "n H W C"],
+  images: Shaped[ArrayLike, "n ..."],
   example_ids: Int[ArrayLike, "n"],
   *,
   num_views: int,
   augment: Callable[[Key, Image], Image],
-) -> Shaped[Array, "V n H W C"]:
+) -> Shaped[Array, "V n ..."]:
   """Augmented queries of each example that are the same for every model, batch split and restart.
 
   View v of example i is drawn from `fold_in(fold_in(key, v), i)`, whatever else is in the batch.
@@ -131,7 +133,7 @@ def views(
     num_views: V.
     augment: what `make` returns, or any function of a key and one image.
   Returns:
-    [V, n, H, W, C], of the dtype of `images`.
+    [V, n, ...], of the dtype of `images`.
   Raises:
     ValueError: for fewer than one view.
   """
@@ -147,15 +149,20 @@ def views(
 
 
 def normalise(
-  images: UInt8[ArrayLike, "*batch H W C"], mean: Float[ArrayLike, "C"], std: Float[ArrayLike, "C"]
-) -> Float[Array, "*batch H W C"]:
-  """Pixels 0 .. 255 to float32 of mean 0 and deviation 1 per channel.
+  images: Shaped[ArrayLike, "..."], mean: Float[ArrayLike, "C"], std: Float[ArrayLike, "C"]
+) -> Shaped[Array, "..."]:
+  """What a model gets: pixels 0 .. 255 or numbers as float32 of mean 0 and deviation 1.
 
   Args:
-    images: uint8.
-    mean: of the pixels scaled to 0 .. 1, as in `load.Dataset`.
+    images: uint8 [..., H, W, C]; or float32 vectors [..., F]; or int32 tokens, which stay as they
+      are.
+    mean: per channel, of the pixels scaled to 0 .. 1, or per feature, as in `load.Dataset`.
     std: likewise.
   """
+  kind = inputs.kind(images.dtype)
+  if kind == "tokens":
+    return jnp.asarray(images)
   per_channel = (1,) * (images.ndim - 1) + (-1,)
   mean, std = (jnp.asarray(each, jnp.float32).reshape(per_channel) for each in (mean, std))
-  return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
+  scaled = jnp.asarray(images, jnp.float32) / 255 if kind == "images" else jnp.asarray(images)
+  return (scaled - mean) / std

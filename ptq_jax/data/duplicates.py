@@ -1,11 +1,12 @@
-"""Exact copies of images, which blur membership: a non-member's twin may have been trained on."""
+"""Exact copies of images, vectors or tokens, which blur membership: a non-member's twin may have
+been trained on."""
 
 import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
-from ptq_jax.base import Int, UInt8
+from ptq_jax.base import Int, Shaped
 
 
 class Duplicates(NamedTuple):
@@ -23,9 +24,9 @@ class Duplicates(NamedTuple):
 
 
 def count(
-  train_images: UInt8[np.ndarray, "E H W C"],
+  train_images: Shaped[np.ndarray, "E ..."],
   train_labels: Int[np.ndarray, "E"],
-  test_images: UInt8[np.ndarray, "T H W C"],
+  test_images: Shaped[np.ndarray, "T ..."],
   test_labels: Int[np.ndarray, "T"],
 ) -> Duplicates:
   """Counts pairs of identical images within the pool, within the test split, and between them."""

@@ -1,15 +1,17 @@
-"""Image classification sets by name, as uint8 arrays on the host with their statistics."""
+"""Classification sets by name, as arrays on the host with their statistics."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from ptq_jax.base import Float, Int, UInt8
-from ptq_jax.data import cache, decode, image_folder, npz, splits, tfds_sets, tiny_imagenet
+from ptq_jax.base import Float, Int, Shaped
+from ptq_jax.data import cache, decode, image_folder, inputs, npz, splits, tfds_sets, tiny_imagenet
 from ptq_jax.data.splits import Splits
 
 DIGITS_TEST_SIZE = 299
@@ -27,14 +29,14 @@ class Dataset:
   """A pool, from which members are drawn, and a test split. `jax.device_put` the arrays once."""
 
   name: str
-  train_images: UInt8[np.ndarray, "E H W C"]  # the pool, pixels 0 .. 255, E even
+  train_images: Shaped[np.ndarray, "E ..."]  # the pool, of any kind that `inputs` knows, E even
   train_labels: Int[np.ndarray, "E"]  # int32
   train_ids: Int[np.ndarray, "E"]  # int32, positions in the source's training split, ascending
-  test_images: UInt8[np.ndarray, "T H W C"]
+  test_images: Shaped[np.ndarray, "T ..."]
   test_labels: Int[np.ndarray, "T"]  # int32
   class_names: tuple[str, ...]  # by label
-  mean: Float[np.ndarray, "C"]  # float32, of the pool's pixels scaled to 0 .. 1
-  std: Float[np.ndarray, "C"]  # float32, likewise; 1 for a constant channel
+  mean: Float[np.ndarray, "C"]  # float32, of the pool, see `statistics`
+  std: Float[np.ndarray, "C"]  # likewise
   fingerprint: str  # SHA-256 of the arrays and class names, hexadecimal
   notes: tuple[str, ...]  # sentences on what differs from the source, such as a dropped example
 
@@ -43,9 +45,31 @@ class Dataset:
     return len(self.class_names)
 
   @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """Height, width, channels."""
+  def image_shape(self) -> tuple[int, ...]:
+    """Height, width, channels; or the number of features or of tokens alone."""
     return self.train_images.shape[1:]
+
+  @property
+  def kind(self) -> str:
+    """ "images", "vectors" or "tokens"."""
+    return inputs.kind(self.train_images.dtype)
+
+  @functools.cached_property
+  def vocabulary(self) -> int | None:
+    """One more than the largest token id; None for what is no tokens."""
+    if self.kind != "tokens":
+      return None
+    return 1 + int(max(self.train_images.max(), self.test_images.max()))
+
+  @property
+  def sizes(self) -> dict[str, int | None]:
+    """What a factory of models has to know, see `models.make`."""
+    return {"num_classes": self.num_classes, "num_tokens": self.vocabulary}
+
+  def fed(self, count: int) -> jax.ShapeDtypeStruct:
+    """So many examples as a model gets them: shape and dtype alone."""
+    dtype = inputs.fed_dtype(self.train_images.dtype)
+    return jax.ShapeDtypeStruct((count, *self.image_shape), dtype)
 
 
 def load(
@@ -59,12 +83,12 @@ def load(
   image_size: int | None = None,
   seed: int = 0,
 ) -> Dataset:
-  """Loads a set of labelled images.
+  """Loads a set of labelled images, vectors or token ids.
 
   Args:
     name: one of
       "digits": scikit-learn's 1797 handwritten digits, 8x8x1, installed with it;
-      "npz": a file with the uint8 arrays x_train, x_test [N, H, W, C], the integer arrays y_train,
+      "npz": a file with the arrays x_train, x_test (see `inputs`), the integer arrays y_train,
         y_test [N] and perhaps class_names;
       "tiny_imagenet": the official zip archive, or the folder in it;
       "image_folder": train/<class>/* and test/<class>/* (or val/), a folder or a zip archive;
@@ -82,7 +106,7 @@ def load(
       None keeps their size, which must then be the same for all.
     seed: of the two selections.
   Raises:
-    ValueError: for an unknown name, contents that are no labelled images, or too few of them.
+    ValueError: for an unknown name, contents that are no labelled set, or too few examples.
     FileNotFoundError: for missing files or an unprepared set.
   """
   if image_size is not None and image_size < 1:
@@ -92,9 +116,9 @@ def load(
 
 
 def from_arrays(
-  x_train: UInt8[np.ndarray, "N H W C"],
+  x_train: Shaped[np.ndarray, "N ..."],
   y_train: Int[np.ndarray, "N"],
-  x_test: UInt8[np.ndarray, "T H W C"],
+  x_test: Shaped[np.ndarray, "T ..."],
   y_test: Int[np.ndarray, "T"],
   *,
   class_names: Sequence[str] | None = None,
@@ -105,12 +129,12 @@ def from_arrays(
   """The same from arrays at hand.
 
   Args:
-    x_train, x_test: images as bytes.
+    x_train, x_test: images, vectors or token ids, see `inputs`.
     y_train, y_test: labels from 0 on.
     class_names: by label; None: the labels themselves.
     pool_size, test_size, seed: as in `load`.
   Raises:
-    ValueError: for arrays that are no labelled images.
+    ValueError: for arrays that are no labelled set.
   """
   names = ("x_train", "y_train", "x_test", "y_test")
   whole = splits.checked(
@@ -144,6 +168,9 @@ def _resized(whole: Splits, image_size: int | None) -> Splits:
   if image_size is None:
     return whole
   images = (whole.train_images, whole.test_images)
+  if inputs.kind(images[0].dtype) != "images":
+    kind = inputs.kind(images[0].dtype)
+    raise ValueError(f"image_size is {image_size}, but these are {kind}; leave it out.")
   train, test = (decode.resized(each, image_size=image_size) for each in images)
   return dataclasses.replace(whole, train_images=train, test_images=test)
 
@@ -216,6 +243,8 @@ def _select(
     _take(source.test_labels, test),
   )
   mean, std = statistics(arrays[0])
+  for split, array in (("training", arrays[0]), ("test", arrays[2])):
+    inputs.require_finite_when_normalised(array, mean, std, split=split)
   return Dataset(
     name=name,
     train_images=arrays[0],
@@ -246,19 +275,29 @@ def _check_size(argument: str, size: int, available: int, *, least: int, split: 
 
 
 def statistics(
-  images: UInt8[np.ndarray, "N H W C"],
+  images: Shaped[np.ndarray, "N ..."],
 ) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
-  """Mean and population deviation per channel of pixels scaled to 0 .. 1, from exact counts.
+  """Mean and population deviation by which inputs are normalised, float32.
 
-  A constant channel gets the deviation 1, so that normalising keeps it finite.
+  Of images per channel, of pixels scaled to 0 .. 1, from exact counts; of vectors per feature; of
+  tokens none. What is constant gets the deviation 1, so that normalising keeps it finite.
   """
-  values = np.arange(256) / 255
-  channels = range(images.shape[-1])
-  counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in channels])
-  frequency = counts / counts.sum(axis=1, keepdims=True)
-  mean = frequency @ values
-  std = np.sqrt((frequency * (values - mean[:, None]) ** 2).sum(axis=1))
-  return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+  kind = inputs.kind(images.dtype)
+  if kind == "tokens":
+    return np.zeros(0, np.float32), np.zeros(0, np.float32)
+  if kind == "vectors":
+    mean, std = images.mean(axis=0, dtype=np.float64), images.std(axis=0, dtype=np.float64)
+    varies = images.min(axis=0) < images.max(axis=0)  # rounding gives a constant a deviation, too
+    varies &= std >= np.finfo(np.float32).tiny
+  else:
+    values = np.arange(256) / 255
+    channels = range(images.shape[-1])
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in channels])
+    frequency = counts / counts.sum(axis=1, keepdims=True)
+    mean = frequency @ values
+    std = np.sqrt((frequency * (values - mean[:, None]) ** 2).sum(axis=1))
+    varies = std > 0
+  return mean.astype(np.float32), np.where(varies, std, 1).astype(np.float32)
 
 
 def fingerprint(*arrays: np.ndarray, class_names: tuple[str, ...]) -> str:

@@ -1,22 +1,23 @@
-"""The two splits of a labelled image set as arrays, and the checks that every source must pass."""
+"""The two splits of a labelled set as arrays, and the checks that every source must pass."""
 
 import dataclasses
 
 import numpy as np
 
-from ptq_jax.base import Int, Shaped, UInt8
+from ptq_jax.base import Int, Shaped
+from ptq_jax.data import inputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
   """Everything a source holds, decoded, in the order of the source."""
 
-  train_images: UInt8[np.ndarray, "N H W C"]  # pixels 0 .. 255
+  train_images: Shaped[np.ndarray, "N ..."]  # or vectors or tokens, see `inputs`
   train_labels: Int[np.ndarray, "N"]  # int32 in 0 .. len(class_names) - 1
-  test_images: UInt8[np.ndarray, "T H W C"]  # the same image shape
+  test_images: Shaped[np.ndarray, "T ..."]  # of the same kind and shape
   test_labels: Int[np.ndarray, "T"]  # int32
   class_names: tuple[str, ...]  # by label
-  notes: tuple[str, ...] = ()  # sentences on what was found and not read
+  notes: tuple[str, ...] = ()  # sentences on what was found and not read, or taken otherwise
 
 
 def checked(
@@ -44,17 +45,21 @@ def checked(
     notes: of the result.
     names: what messages call the four arrays.
   Raises:
-    ValueError: for images that are not uint8 [N, H, W, C], NaN, no examples, labels that are not
-      integers or not one per image or outside the classes, more unnamed classes than training
-      images, or splits of two image shapes.
+    ValueError: for what `inputs` refuses, labels that are not integers or not one per example or
+      outside the classes, more unnamed classes than training examples, or splits of two kinds or
+      shapes.
   """
-  _check_images(train_images, name=names[0], source=source)
-  _check_images(test_images, name=names[2], source=source)
-  if train_images.shape[1:] != test_images.shape[1:]:
-    raise ValueError(
-      f"{source}: {names[0]} have the shape {train_images.shape[1:]} and {names[2]} "
-      f"{test_images.shape[1:]}; both splits need one image shape."
-    )
+  given = train_images, test_images
+  train_images, said = inputs.checked(train_images, name=names[0], source=source)
+  test_images, more = inputs.checked(test_images, name=names[2], source=source)
+  both = [{"kind": inputs.kind(x.dtype), "shape": x.shape[1:]} for x in (train_images, test_images)]
+  for what, one in both[0].items():
+    if one != both[1][what]:
+      raise ValueError(
+        f"{source}: {names[0]} have the {what} {one} and {names[2]} {both[1][what]}; both splits "
+        f"need one {what}."
+      )
+  inputs.require_told_apart(*given, names=names[::2], source=source)
   train_labels = _labels(train_labels, len(train_images), name=names[1], source=source)
   test_labels = _labels(test_labels, len(test_images), name=names[3], source=source)
   if class_names is None:
@@ -65,38 +70,13 @@ def checked(
   for labels, name in ((train_labels, names[1]), (test_labels, names[3])):
     _check_range(labels, len(class_names), name=name, source=source)
   return Splits(
-    np.ascontiguousarray(train_images),
+    train_images,
     train_labels.astype(np.int32),
-    np.ascontiguousarray(test_images),
+    test_images,
     test_labels.astype(np.int32),
     class_names,
-    notes,
+    (*notes, *said, *more),
   )
-
-
-def _check_images(images: np.ndarray, *, name: str, source: str) -> None:
-  """Raises unless the images are uint8 [N, H, W, C] with at least one pixel."""
-  if np.issubdtype(images.dtype, np.floating):
-    bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(axis=1))
-    if bad.size:
-      raise ValueError(
-        f"{source}: {name} have NaN or infinite pixels in {bad.size} of {len(images)} images, the "
-        f"first at index {bad[0]}; repair or drop them and pass uint8."
-      )
-  if images.dtype != np.uint8:
-    raise ValueError(
-      f"{source}: {name} are {images.dtype}; pass uint8 pixels from 0 to 255 (for floats from 0 to "
-      "1: `np.round(255 * images).astype(np.uint8)`), they are normalised during training."
-    )
-  if images.ndim != 4:
-    raise ValueError(
-      f"{source}: {name} have the shape {images.shape}; pass [N, height, width, channels] "
-      "(for grayscale images without a channel axis: `images[..., None]`)."
-    )
-  if 0 in images.shape:
-    raise ValueError(
-      f"{source}: {name} have the shape {images.shape}, so there is no pixel in them."
-    )
 
 
 def _labels(labels: np.ndarray, num_images: int, *, name: str, source: str) -> np.ndarray:

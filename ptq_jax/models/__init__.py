@@ -1,4 +1,4 @@
-"""Image classifiers in Flax Linen: logits = model.apply(variables, images)."""
+"""Classifiers in Flax Linen: logits = model.apply(variables, images), or vectors, or token ids."""
 
 import importlib
 import inspect
@@ -9,15 +9,17 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from ptq_jax.models import convnet, from_nnx, resnet, vit, wide_resnet
+from ptq_jax.models import convnet, from_nnx, mlp, resnet, transformer, vit, wide_resnet
 
 ZOO = {
   "convnet": convnet.ConvNet,
+  "mlp": mlp.mlp,
   "resnet8": resnet.resnet8,
   "resnet18": resnet.resnet18,
   "resnet20": resnet.resnet20,
   "resnet34": resnet.resnet34,
   "resnet50": resnet.resnet50,
+  "transformer": transformer.Transformer,
   "vit": vit.ViT,
   "wide_resnet": wide_resnet.WideResNet,
   "wide_resnet28_2": wide_resnet.wide_resnet28_2,
@@ -25,13 +27,17 @@ ZOO = {
 }
 
 
-def make(name: str | Callable, *, num_classes: int, **options) -> nn.Module:
+def make(
+  name: str | Callable, *, num_classes: int, num_tokens: int | None = None, **options
+) -> nn.Module:
   """A model of the zoo by its name, or your own as "package.module:factory".
 
   Args:
     name: a key of `ZOO`; or a function that takes `num_classes` and `options`, and `rngs` if it
       makes a `flax.nnx.Module`; or where to find one.
     num_classes: C.
+    num_tokens: of data of token ids, one more than the largest: the option `vocabulary` of a model
+      that has it and is not given it.
     **options: of the model, such as `width`; `dtype` may be "auto", see `compute_dtype`.
   Raises:
     ValueError: for an unknown name, a factory that cannot be imported, or an unknown option.
@@ -52,6 +58,11 @@ def make(name: str | Callable, *, num_classes: int, **options) -> nn.Module:
   if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
     known = sorted(set(accepted) - {"num_classes", "parent", "name"})
     raise ValueError(f"model {name!r} has no option {unknown[0]!r}; it has {known}.")
+  if "vocabulary" in accepted and "vocabulary" not in options:
+    if num_tokens is not None:
+      options["vocabulary"] = num_tokens
+    elif accepted["vocabulary"].default is inspect.Parameter.empty:
+      raise ValueError(f"model {name!r} takes token ids (it has a vocabulary); these are none.")
   if "dtype" in options:
     options["dtype"] = compute_dtype(options["dtype"])
   if "rngs" in accepted:  # flax.nnx

@@ -73,7 +73,12 @@ def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
 
 
 def together(
-  model: nn.Module, *, num_models: int, batch_shape: Sequence[int], devices: int = 1
+  model: nn.Module,
+  *,
+  num_models: int,
+  batch_shape: Sequence[int],
+  dtype: np.dtype | str = "float32",
+  devices: int = 1,
 ) -> int:
   """How many of the models should share a program on a device: all, but big ones none.
 
@@ -87,7 +92,8 @@ def together(
   Args:
     model: any Linen model.
     num_models: M.
-    batch_shape: of the images of one model, [n, H, W, c].
+    batch_shape: of the images of one model, [n, H, W, c], or of what else it takes.
+    dtype: of that: integers for token ids.
     devices: that share the models.
   Returns:
     Models of one program on one device; on an accelerator at most `MOST_TOGETHER`, evenly cut.
@@ -96,7 +102,8 @@ def together(
   if num_models == 1 or (on_cpu and devices > 1):
     return share
   try:
-    flop = batch_shape[0] * flops.forward(model, image_shape=tuple(batch_shape[1:]))
+    count, *shape = batch_shape
+    flop = count * flops.forward(model, image_shape=tuple(shape), dtype=dtype)
   except ValueError:  # layers that cannot be counted
     flop = 0
   if flop >= (ALONE_FLOP if on_cpu else ACCELERATOR_ALONE_FLOP):

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import ArrayLike, Int, Shaped, UInt8, Variables
+from ptq_jax.base import ArrayLike, Int, Shaped, Variables
 from ptq_jax.models import conv, parallel, units
 
 Prepare = Callable[[jax.Array, jax.Array], jax.Array]
-"""(images uint8 [n, H, W, c], their positions int [n]) -> pixels float [V, n, H, W, c]."""
+"""(images [n, ...] as they are kept, such as uint8, their positions int [n]) -> [V, n, ...] as the
+model takes them, such as float."""
 
 Reduce = Callable[[jax.Array, jax.Array], jax.Array]
 """(logits [M, V, n, C], labels [M, V, n]) -> [M, V, n, ...]."""
@@ -40,7 +41,7 @@ class Predictor:
   """
 
   def __init__(self, model: nn.Module, *, prepare: Prepare, reduce: Reduce):
-    self._model = model
+    self._model, self._prepare = model, prepare
     *before, last = model.units() if units.has_units(model) else [units.WHOLE_MODEL]
     axis = 0 if before else None  # without units before the last, all models share the pixels
 
@@ -79,7 +80,7 @@ class Predictor:
   def __call__(
     self,
     variables: Variables,
-    images: UInt8[ArrayLike, "E H W c"],
+    images: Shaped[ArrayLike, "E ..."],
     labels: Int[ArrayLike, "E"],
     *,
     batch_size: int,
@@ -102,7 +103,7 @@ class Predictor:
     self,
     body: Variables,
     heads: Sequence[Variables],
-    images: UInt8[ArrayLike, "E H W c"],
+    images: Shaped[ArrayLike, "E ..."],
     labels: Int[ArrayLike, "E"],
     *,
     batch_size: int,
@@ -121,10 +122,14 @@ class Predictor:
     mesh = parallel.mesh_for(num_models)
     images, labels = (parallel.place(array, mesh, shared=True) for array in (images, labels))
     devices = mesh.size if mesh else 1
+    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
+    positions = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    fed = jax.eval_shape(self._prepare, batch, positions)
     together = parallel.together(
       self._model,
       num_models=num_models,
-      batch_shape=(batch_size, *images.shape[1:]),
+      batch_shape=(batch_size, *fed.shape[2:]),
+      dtype=fed.dtype,
       devices=devices,
     )
     rows, done = [[] for _ in heads], 0

@@ -31,9 +31,13 @@ class PatchEmbedding(nn.Module):
       conv_general_dilated=conv.conv_general_dilated,
       name="patches",
     )(images)
-    x = x.reshape(len(x), -1, self.width)
-    shape = (1, x.shape[1], self.width)
-    return x + self.param("position", nn.initializers.normal(0.02), shape).astype(x.dtype)
+    return with_positions(self, x.reshape(len(x), -1, self.width))
+
+
+def with_positions(module, x):
+  """A sequence [n, length, width] plus what a module has learned for each place."""
+  shape = (1, *x.shape[1:])
+  return x + module.param("position", nn.initializers.normal(0.02), shape).astype(x.dtype)
 
 
 class TransformerBlock(nn.Module):

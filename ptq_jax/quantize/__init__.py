@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq_jax.base import ArrayLike, Keys, Shaped, Variables
+from ptq_jax.base import ArrayLike, Int, Keys, Shaped, Variables
 from ptq_jax.models import call, parallel
 from ptq_jax.models import units as model_units
 from ptq_jax.models.units import Survey
@@ -99,6 +99,7 @@ def check_model(
   model: nn.Module,
   *,
   image_shape: Sequence[int],
+  tokens: Int[np.ndarray, "1 L"] | None = None,
   plans: Sequence[Plan] | None = None,
   strict: bool = False,
   units: Sequence[str] | None = None,
@@ -110,14 +111,15 @@ def check_model(
 
   Args:
     model: any Linen model, see `models.call`.
-    image_shape: of one image, [H, W, c].
+    image_shape: of one image, [H, W, c], or of what else the model takes.
+    tokens: one example of a model that takes token ids; None: a random image will do.
     plans: levels per layer, see `plan.make`; None: all layers are quantized.
     strict, units: as the methods take them.
   Raises:
     ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`.
   """
   rng = np.random.default_rng(0)
-  image = np.asarray(rng.normal(size=(1, *image_shape)), np.float32)
+  image = np.asarray(rng.normal(size=(1, *image_shape)), np.float32) if tokens is None else tokens
   init = functools.partial(call.init, model)
   shapes = jax.eval_shape(init, jax.random.key(0), image)
   variables = jax.jit(lambda *given: {**init(*given), "params": {}})(jax.random.key(0), image)

@@ -327,7 +327,9 @@ def _check_images(variables, images) -> None:
 def _check_dtype(dtype, survey) -> None:
   """Raises ValueError for images in bytes; a model with an embedding may read integers."""
   whole = not jnp.issubdtype(dtype, jnp.floating)
-  if whole and not any(layer.kind == "embed" for layer in survey.layers):
+  embeds = any(layer.kind == "embed" for layer in survey.layers)
+  embeds |= any(trees.names(kept.path)[-1] == "embedding" for kept in survey.kept)
+  if whole and not embeds:
     raise ValueError(
       f"calibration images are {dtype}; give them as the model was trained on them, in floating "
       "point and normalised: data.augment.normalise(images, mean, std)."

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ptq_jax.base import Array, Float, Int, Key, UInt8, Variables
-from ptq_jax.data import augment, batches
+from ptq_jax.base import Array, Float, Int, Key, Shaped, Variables
+from ptq_jax.data import augment, batches, inputs
 from ptq_jax.models import call
 from ptq_jax.train import loss
 
@@ -20,11 +20,12 @@ class Recipe(NamedTuple):
   model: nn.Module
   optimizer: optax.GradientTransformation
   augmentation: Callable[[Key, Any], Any]  # of a key and one image
-  mean: tuple[float, ...]  # per channel, of pixels in 0 .. 1
+  mean: tuple[float, ...]  # per channel, of pixels in 0 .. 1; or per feature; none for tokens
   std: tuple[float, ...]
   batch_size: int
   label_smoothing: float = 0.0
   lowering: str | None = None  # of convolutions of models at once, see `models.conv.lowered_as`
+  dtype: str = "uint8"  # of the pool: images; float32 for vectors, int32 for tokens
 
 
 class State(NamedTuple):
@@ -56,9 +57,9 @@ def keys(model_key: Key) -> ModelKeys:
   return ModelKeys(*(jax.random.fold_in(model_key, stream) for stream in range(4)))
 
 
-def init(model_key: Key, recipe: Recipe, *, image_shape: tuple[int, int, int]) -> State:
-  """Fresh parameters and optimizer state of one model for images [H, W, c]."""
-  images = jnp.zeros((1, *image_shape), jnp.float32)
+def init(model_key: Key, recipe: Recipe, *, image_shape: tuple[int, ...]) -> State:
+  """Fresh parameters and optimizer state of one model for images [H, W, c], vectors or tokens."""
+  images = jnp.zeros((1, *image_shape), inputs.fed_dtype(recipe.dtype))
   variables = call.init(recipe.model, keys(model_key).init, images)
   return State(variables, recipe.optimizer.init(variables["params"]), jnp.int32(0))
 
@@ -75,7 +76,7 @@ def step(
   recipe: Recipe,
   state: State,
   model_key: Key,
-  images: UInt8[Array, "batch H W c"],
+  images: Shaped[Array, "batch ..."],
   labels: Int[Array, "batch"],
 ) -> tuple[State, Metrics]:
   """One update of one model: augment, normalise, forward, backward, SGD."""
@@ -107,11 +108,11 @@ def run(
   recipe: Recipe,
   state: State,
   model_key: Key,
-  images: UInt8[Array, "E bytes"],
+  images: Shaped[Array, "E entries"],
   labels: Int[Array, "E"],
   indices: Int[Array, "steps batch"],
   *,
-  image_shape: tuple[int, int, int],
+  image_shape: tuple[int, ...],
 ) -> tuple[State, Metrics]:
   """Many updates of one model as one scan; `indices` picks the batches from the pool.
 
@@ -133,7 +134,7 @@ def run(
 def fit(
   model_key: Key,
   recipe: Recipe,
-  images: UInt8[Array, "E H W c"],
+  images: Shaped[Array, "E ..."],
   labels: Int[Array, "E"],
   members: Int[Array, "n"],
   *,
@@ -144,7 +145,7 @@ def fit(
   Args:
     model_key: `fold_in(key, model_id)`.
     recipe: model, optimizer, augmentation, batch size.
-    images: the pool, bytes.
+    images: the pool, of the recipe's dtype.
     labels: of the pool, in 0 .. C - 1.
     members: positions in the pool.
     epochs: passes over the members.

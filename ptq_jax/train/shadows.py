@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Int, Key, Keys, UInt8
+from ptq_jax.base import Array, ArrayLike, Int, Key, Keys, Shaped
+from ptq_jax.data import inputs
 from ptq_jax.models import conv, parallel
 from ptq_jax.train import fit
 
@@ -56,7 +57,7 @@ def model_keys(key: Key, model_ids: Int[Array, "M"]) -> Keys:
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(model_ids))
 
 
-def init(keys: Keys, recipe: fit.Recipe, *, image_shape: tuple[int, int, int]) -> fit.State:
+def init(keys: Keys, recipe: fit.Recipe, *, image_shape: tuple[int, ...]) -> fit.State:
   """Fresh states of a chunk, stacked."""
   one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
   options = None
@@ -73,7 +74,7 @@ def dispatches(
   states: fit.State,
   keys: Keys,
   recipe: fit.Recipe,
-  images: UInt8[ArrayLike, "E H W c"],
+  images: Shaped[ArrayLike, "E ..."],
   labels: Int[ArrayLike, "E"],
   members: Int[ArrayLike, "M n"],
   *,
@@ -135,7 +136,7 @@ def epochs(
   states: fit.State,
   keys: Keys,
   recipe: fit.Recipe,
-  images: UInt8[ArrayLike, "E H W c"],
+  images: Shaped[ArrayLike, "E ..."],
   labels: Int[ArrayLike, "E"],
   members: Int[ArrayLike, "M n"],
   *,
@@ -172,6 +173,7 @@ def models_together(
     recipe.model,
     num_models=num_models,
     batch_shape=(recipe.batch_size, *image_shape),
+    dtype=inputs.fed_dtype(recipe.dtype),
     devices=mesh.size if mesh else 1,
   )
 
@@ -190,7 +192,7 @@ def _first(tree, count):
 def lowering_rates(
   keys: Keys,
   recipe: fit.Recipe,
-  images: UInt8[Array, "E H W c"],
+  images: Shaped[Array, "E ..."],
   labels: Int[Array, "E"],
   members: Int[Array, "M n"],
   *,
@@ -230,7 +232,7 @@ def largest_chunk(
   *,
   num_examples: int,
   num_members: int,
-  image_shape: tuple[int, int, int],
+  image_shape: tuple[int, ...],
   memory_bytes: int,
   at_most: int,
 ) -> int:
@@ -240,7 +242,7 @@ def largest_chunk(
 
   Args:
     recipe: of all models.
-    num_examples: E, the pool, which is on the device as bytes.
+    num_examples: E, the pool, which is on the device in the recipe's dtype.
     num_members: of each model.
     image_shape: of one image.
     memory_bytes: of one device.
@@ -258,7 +260,7 @@ def _step_bytes(recipe, num_models, num_examples, num_members, image_shape):
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_models))
   one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
   states = jax.eval_shape(jax.vmap(one), keys)
-  images = jax.ShapeDtypeStruct((num_examples, math.prod(image_shape)), jnp.uint8)
+  images = jax.ShapeDtypeStruct((num_examples, math.prod(image_shape)), recipe.dtype)
   labels = jax.ShapeDtypeStruct((num_examples,), jnp.int32)
   steps = 1 if jax.default_backend() == "cpu" else num_members // recipe.batch_size
   indices = jax.ShapeDtypeStruct((num_models, steps, recipe.batch_size), jnp.int32)
