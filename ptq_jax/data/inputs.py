@@ -11,7 +11,7 @@ Elsewhere "images" stands for any of them unless a function says otherwise.
 
 import numpy as np
 
-from ptq_jax.base import ArrayLike, Float, Int, Shaped
+from ptq_jax.base import ArrayLike, Float, Shaped
 
 KINDS = {"uint8": "images", "float32": "vectors", "int32": "tokens"}
 """Kind by the dtype in which it is kept."""
@@ -120,7 +120,7 @@ def _require_finite(inputs, whose):
     )
 
 
-def require_ids(tokens: Int[np.ndarray, "N L"], whose: str) -> None:
+def require_ids(tokens: Shaped[np.ndarray, "N L"], whose: str) -> None:
   """Raises ValueError for ids that no table has."""
   bad = np.argwhere((tokens < 0) | (tokens >= MOST_IDS))
   if len(bad):

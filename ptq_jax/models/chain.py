@@ -6,7 +6,7 @@ unit by unit (arXiv 2102.05426, section 3.2).
 
 import flax.linen as nn
 
-from ptq_jax.base import Array, ArrayLike, Float
+from ptq_jax.base import Array, ArrayLike, Float, Shaped
 
 
 class Chain(nn.Module):
@@ -33,7 +33,7 @@ class Chain(nn.Module):
     return unit(x, train)
 
   def __call__(
-    self, images: Float[ArrayLike, "n H W c"], train: bool = False
+    self, images: Shaped[ArrayLike, "n ..."], train: bool = False
   ) -> Float[Array, "n C"]:
     """Logits: all units in order."""
     x = images

@@ -50,7 +50,7 @@ class MLP(chain.Chain):
     return len(self.hidden) - 1
 
 
-def mlp(num_classes: int, hidden: int | Sequence[int] = (256, 128), dtype: Any = None) -> MLP:
+def mlp(num_classes: int, hidden: int | Sequence = (256, 128), dtype: Any = None) -> MLP:
   """Hidden layers of these widths.
 
   Raises:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ptq_jax import models
+from tests import fresh
 
 PARAMETERS = {  # published numbers, or counted by hand
   ("resnet18", 10): 11_173_962,
@@ -14,9 +15,11 @@ PARAMETERS = {  # published numbers, or counted by hand
   ("resnet8", 10): 78_042,
   ("convnet", 10): 24_346,
   ("vit", 10): 207_946,
+  ("mlp", 10): 820_874,
 }
 SHORT = {"convnet": {}, "resnet8": {"width": 4}, "resnet20": {"width": 4},
-         "vit": {"width": 8, "depth": 2, "num_heads": 2}}  # fmt: skip
+         "vit": {"width": 8, "depth": 2, "num_heads": 2}, "mlp": {"hidden": (4, 3)},
+         "transformer": {"width": 8, "depth": 1, "num_heads": 2, "vocabulary": 9}}  # fmt: skip
 
 
 def shapes(model, size=32, channels=3):
@@ -30,6 +33,23 @@ def test_number_of_parameters(name, classes):
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name, classes]
 
 
+def test_parameters_of_a_transformer_counted_by_hand():
+  model = models.make("transformer", num_classes=10, vocabulary=100)
+  tokens = jnp.zeros((1, 16), jnp.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  attention, perceptron, norm = 4 * (64 * 64 + 64), 64 * 256 + 256 + 256 * 64 + 64, 2 * 64
+  blocks = 2 * (attention + perceptron + 2 * norm)
+  counted = 100 * 64 + 16 * 64 + blocks + norm + 64 * 10 + 10
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == counted
+
+
+@pytest.mark.parametrize("hidden", [(), (4, 0), (2.5,)])
+def test_widths_of_a_perceptron_are_checked(hidden):
+  assert models.make("mlp", num_classes=2, hidden=7).hidden == (7,)
+  with pytest.raises(ValueError, match=r"hidden is .*; give the width of each hidden layer"):
+    models.make("mlp", num_classes=2, hidden=hidden)
+
+
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])
 def test_auto_is_half_precision_on_accelerators_alone(monkeypatch, platform, dtype):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
@@ -41,8 +61,10 @@ def test_auto_is_half_precision_on_accelerators_alone(monkeypatch, platform, dty
 @pytest.mark.parametrize("name", SHORT)
 def test_units_in_order_are_the_model(name, key):
   model = models.make(name, num_classes=5, **SHORT[name])
-  images = jax.random.normal(key, (2, 8, 8, 3))
-  variables = jax.jit(model.init)(key, images)
+  images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  if name == "transformer":
+    images = np.arange(10).reshape(2, 5) % 9
+  variables = fresh.variables(model, images)
 
   @jax.jit
   def chain(variables, x):
