@@ -64,17 +64,25 @@ SETTINGS: dict[str, Any] = {
   "data": {
     "name": (
       "digits",
-      "digits, npz, tiny_imagenet, image_folder, or a set of TensorFlow Datasets",
+      "digits, npz (images, vectors or token ids), tiny_imagenet, image_folder, or a set of "
+      "TensorFlow Datasets",
     ),
     "data_dir": (Optional(str), "folder of TensorFlow Datasets; its own default if not given"),
     "path": (Optional(str), "of npz, tiny_imagenet and image_folder"),
     "cache_dir": (Optional(str), "of decoded images; beside the data if not given"),
-    "pool_size": (Optional(int), "examples to draw members from; all training images if not given"),
-    "test_size": (Optional(int), "test images; all if not given"),
-    "image_size": (Optional(int), "side in pixels to scale to; as they are if not given"),
+    "pool_size": (
+      Optional(int),
+      "examples to draw members from; all training examples if not given",
+    ),
+    "test_size": (Optional(int), "test examples; all if not given"),
+    "image_size": (Optional(int), "side in pixels to scale images to; as they are if not given"),
   },
   "model": {
-    "name": ("convnet", "of ptq_jax.models.ZOO, or package.module:factory; its options beside it"),
+    "name": (
+      "convnet",
+      "of ptq_jax.models.ZOO (mlp for vectors, transformer for tokens), or package.module:factory; "
+      "its options beside it",
+    ),
   },
   "train": {
     "models": (16, "shadows, even: pairs trained on complementary halves of the pool"),
@@ -93,7 +101,10 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": (5e-4, "on all parameters"),
     "schedule": ("cosine", "of the learning rate: cosine, triangular or constant"),
     "label_smoothing": (0.0, "in [0, 1)"),
-    "augmentation": ((), "of training images: flip, crop4, shift1, ..."),
+    "augmentation": (
+      (),
+      "of training images: flip, crop4, shift1, ...; vectors and tokens have none",
+    ),
     "models_per_chunk": (AUTO, "models of one folder and one process: a number, or auto"),
     "models_together": (AUTO, "models of one program on one device: a number, or auto"),
     "lowering": ("auto", "of many models' convolutions: auto, measure, unrolled, patches, grouped"),
