@@ -287,8 +287,7 @@ def statistics(
     return np.zeros(0, np.float32), np.zeros(0, np.float32)
   if kind == "vectors":
     mean, std = images.mean(axis=0, dtype=np.float64), images.std(axis=0, dtype=np.float64)
-    varies = images.min(axis=0) < images.max(axis=0)  # rounding gives a constant a deviation, too
-    varies &= std >= np.finfo(np.float32).tiny
+    varies = std >= np.finfo(np.float32).tiny
   else:
     values = np.arange(256) / 255
     channels = range(images.shape[-1])
