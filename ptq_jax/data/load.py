@@ -11,7 +11,17 @@ import jax
 import numpy as np
 
 from ptq_jax.base import Float, Int, Shaped
-from ptq_jax.data import cache, decode, image_folder, inputs, npz, splits, tfds_sets, tiny_imagenet
+from ptq_jax.data import (
+  cache,
+  decode,
+  hf_disk,
+  image_folder,
+  inputs,
+  npz,
+  splits,
+  tfds_sets,
+  tiny_imagenet,
+)
 from ptq_jax.data.splits import Splits
 
 DIGITS_TEST_SIZE = 299
@@ -21,6 +31,7 @@ PATH_NAMES = {
   "npz": "the .npz file with x_train, y_train, x_test and y_test",
   "tiny_imagenet": "tiny-imagenet-200.zip or the folder in it",
   "image_folder": "the folder that holds train/ and test/ (or val/)",
+  "hf_disk": "the folder that DatasetDict.save_to_disk wrote",
 }
 
 
@@ -77,6 +88,7 @@ def load(
   *,
   data_dir: str | os.PathLike | None = None,
   path: str | os.PathLike | None = None,
+  columns: Sequence[str] | None = None,
   cache_dir: str | os.PathLike | None = None,
   pool_size: int | None = None,
   test_size: int | None = None,
@@ -92,10 +104,12 @@ def load(
         y_test [N] and perhaps class_names;
       "tiny_imagenet": the official zip archive, or the folder in it;
       "image_folder": train/<class>/* and test/<class>/* (or val/), a folder or a zip archive;
+      "hf_disk": a folder that `datasets.DatasetDict.save_to_disk` wrote, see `hf_disk`;
       or an image classification set of TensorFlow Datasets, such as "cifar10" or "cifar100:3.0.2",
       prepared as array_record in `data_dir` (TensorFlow is not needed).
     data_dir: of TensorFlow Datasets; None for its own default.
-    path: of "npz", "tiny_imagenet" and "image_folder".
+    path: of "npz", "tiny_imagenet", "image_folder" and "hf_disk".
+    columns: of "hf_disk", the names of the input and of the label; None: by their types.
     cache_dir: where decoded images are kept as uint8; None for beside the data. See
       `cache.decoded`.
     pool_size: examples from which members are drawn, the first of a shuffle of the training split
@@ -111,7 +125,10 @@ def load(
   """
   if image_size is not None and image_size < 1:
     raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
-  whole = _read(name, data_dir=data_dir, path=path, cache_dir=cache_dir, image_size=image_size)
+  if columns is not None and name != "hf_disk":
+    raise ValueError(f"data.columns is {','.join(columns)}, but {name!r} has no columns to choose.")
+  where = {"path": path, "columns": columns, "cache_dir": cache_dir}
+  whole = _read(name, data_dir=data_dir, image_size=image_size, **where)
   return _select(name, whole, pool_size=pool_size, test_size=test_size, seed=seed)
 
 
@@ -146,7 +163,7 @@ def from_arrays(
   return _select("arrays", whole, pool_size=pool_size, test_size=test_size, seed=seed)
 
 
-def _read(name: str, *, data_dir, path, cache_dir, image_size) -> Splits:
+def _read(name: str, *, data_dir, path, columns, cache_dir, image_size) -> Splits:
   """All examples of a source."""
   if name == "digits":
     return _resized(read_digits(), image_size)
@@ -154,6 +171,9 @@ def _read(name: str, *, data_dir, path, cache_dir, image_size) -> Splits:
     raise ValueError(f"the dataset {name!r} needs a path: {PATH_NAMES[name]}.")
   if name == "npz":
     return _resized(read_npz(path), image_size)
+  if name == "hf_disk":
+    options = {"columns": columns, "image_size": image_size, "cache_dir": cache_dir}
+    return _resized(hf_disk.read(path, **options), image_size)
   if name == "tiny_imagenet":
     source = tiny_imagenet.source(path)
   elif name == "image_folder":

@@ -13,6 +13,7 @@ from tests.audit.conftest import opened, tiny_config
 BAD = {
   "data.name": ("cifar1", ""),
   "data.path": ("nowhere", None),
+  "data.columns": (("image", "label"),),
   "data.pool_size": (1, 100_000, 31),
   "data.test_size": (0, 100_000),
   "data.image_size": (0,),
