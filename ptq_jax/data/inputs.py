@@ -71,7 +71,8 @@ def checked(
     raise ValueError(f"{whose} have the shape {shape}, so there is no {nothing} in them.")
   if dtype == np.int32:
     require_ids(inputs, whose)
-    return np.ascontiguousarray(inputs, dtype), []
+    note = f"{name} are {inputs.dtype}; they are taken for token ids, not for numbers (float32)."
+    return np.ascontiguousarray(inputs, dtype), [note]
   if dtype == np.uint8:
     return np.ascontiguousarray(inputs), []
   notes = []
