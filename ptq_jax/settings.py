@@ -326,6 +326,10 @@ def fingerprint(value: Any) -> str:
   return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
+SOURCES = (".py", ".jinja", ".css", ".js", ".mplstyle")
+"""Endings of the files that a version of the code covers."""
+
+
 def code_version(*parts: str) -> str:
   """Sixteen hexadecimal digits that change with the source of parts of this package.
 
@@ -334,8 +338,10 @@ def code_version(*parts: str) -> str:
   """
   root, found = pathlib.Path(__file__).parent, hashlib.sha256()
   for part in parts:
-    files = sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / f"{part}.py"]
-    for path in files:
+    folder, file = root / part, root / f"{part}.py"
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [file]:
+      if path.suffix not in SOURCES:
+        continue
       found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
   return found.hexdigest()[:16]
 

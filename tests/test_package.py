@@ -27,6 +27,14 @@ def test_every_module_of_the_checkout_is_in_the_wheel():
   assert all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in names)
 
 
+def test_what_the_report_reads_is_in_the_wheel():
+  patterns = TOOLS["package-data"]["ptq_jax.report"]
+  others = [path.name for path in (ROOT / "ptq_jax/report").iterdir() if path.suffix != ".py"]
+  names = [name for name in others if name != "__pycache__"]
+  assert {"page.html.jinja", "page.css", "page.js", "ptq_jax.mplstyle"} <= set(names)
+  assert all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in names)
+
+
 def test_types_and_version_come_along():
   assert "py.typed" in TOOLS["package-data"]["ptq_jax"]
   assert (ROOT / "ptq_jax" / "py.typed").exists()

@@ -147,7 +147,7 @@ def test_the_version_of_code_changes_with_any_of_its_files(tmp_path, monkeypatch
   (tmp_path / "two.py").write_text("2")
   monkeypatch.setattr(settings, "__file__", str(tmp_path / "settings.py"))
   seen = {settings.code_version("part", "two")}
-  for name in ("part/one.py", "two.py", "part/three.py"):
+  for name in ("part/one.py", "two.py", "part/three.py", "part/page.css", "part/page.html.jinja"):
     (tmp_path / name).write_text("3")
     assert settings.code_version("part", "two") not in seen
     seen.add(settings.code_version("part", "two"))

@@ -366,10 +366,7 @@ def _attacker_cells(
   if variant not in found:
     return [Cell(tables.SAME if same else tables.MISSING)] * (2 * len(parts))
   record, changes = found[variant]
-  cells = {
-    "tpr": tables.rate_cell(record, records_lib.tpr_at(record, fpr)),
-    "auc": tables.number_cell(record["auc"], 1.0, 3),
-  }
+  cells = {"tpr": tables.rate_cell(record, fpr), "auc": tables.auc_cell(record)}
   pairs = [(cells[part], tables.change_cell(changes[part], fpr)) for part in parts]
   return [cell for pair in pairs for cell in pair]
 
@@ -414,13 +411,12 @@ def draw(studies: Studies) -> dict:
 
 def render(studies: Studies, drawn: Mapping) -> str:
   """One self-contained page; `drawn` are its figures by name."""
-  found, differing = summarize(studies), settings(studies)
-  body = [
-    page.header(f"{len(studies)} privacy audits side by side", found.headline, found.audited),
-    page.listed("Findings", found.points),
-    page.main_table(results(studies), tables.to_csv(studies)),
-    page.drawn(drawn),
-    page.section(differing),
-    page.glossary(),
-  ]
-  return page.document("Privacy audits side by side", body)
+  return page.document(
+    title="Privacy audits side by side",
+    about=f"{len(studies)} privacy audits side by side",
+    found=summarize(studies),
+    results=results(studies),
+    csv=tables.to_csv(studies),
+    figures=drawn,
+    differing=settings(studies),
+  )

@@ -9,6 +9,7 @@ solid and filled, full-precision shadows dashed and open.
 import html
 import io
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,9 +27,12 @@ from ptq_jax.report import records as records_lib
 from ptq_jax.report.records import Record, Row
 from ptq_jax.report.tables import clean, percent_words
 
-INK = "#1b1b1f"
+_STYLE = matplotlib.rc_params_from_file(
+  pathlib.Path(__file__).with_name("ptq_jax.mplstyle"), use_default_template=False
+)
+INK = _STYLE["text.color"]
+MUTED = _STYLE["grid.color"]
 PAPER = "#fdfdfe"
-MUTED = "#7a7f87"
 
 _METHOD_COLORS = {
   "nearest": "#8a8f98",
@@ -43,35 +47,6 @@ STUDY_MARKS = "os^DvPXhp*<>d8H"
 """So many studies can be told apart in one figure."""
 
 _DASHED = (0, (4, 2))
-_STYLE = {
-  "font.size": 9.5,
-  "axes.titlesize": 10.5,
-  "axes.titleweight": "bold",
-  "axes.titlelocation": "left",
-  "axes.labelsize": 9.5,
-  "axes.edgecolor": MUTED,
-  "axes.labelcolor": INK,
-  "axes.titlecolor": INK,
-  "axes.facecolor": "none",
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "axes.axisbelow": True,
-  "grid.color": MUTED,
-  "grid.alpha": 0.22,
-  "grid.linewidth": 0.6,
-  "text.color": INK,
-  "xtick.color": MUTED,
-  "ytick.color": MUTED,
-  "xtick.labelcolor": INK,
-  "ytick.labelcolor": INK,
-  "xtick.labelsize": 9,
-  "ytick.labelsize": 9,
-  "legend.frameon": False,
-  "legend.fontsize": 9,
-  "lines.linewidth": 1.7,
-  "figure.facecolor": "white",
-}
 
 
 def draw(

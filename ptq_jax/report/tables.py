@@ -1,16 +1,14 @@
-"""Tables of result records, as plain text for a terminal, as Markdown and as CSV.
+"""Tables of result records: as text for a terminal, as Markdown, LaTeX, HTML (`page`) and CSV.
 
-`results`, `attacks`, `precision`, `units` and `warnings` build a `Table` from records; `to_text`
-and `to_markdown` write one. `to_csv` writes every number of the leakage records.
+`results`, `attacks`, `precision`, `units` and others build a `Table` from records; `to_text`,
+`to_markdown` and `to_latex` write one. `to_csv` writes every number of the leakage records.
 """
 
-import csv
-import io
 import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ptq_jax.base import csv_cell
@@ -39,6 +37,7 @@ class Column(NamedTuple):
   name: str
   group: str = ""
   words: bool = False  # left-aligned and wrapped
+  mark: str = ""  # a footnote mark that all of its numbers would carry (`lift_marks`)
 
 
 class Cell(NamedTuple):
@@ -84,34 +83,39 @@ def results(
   attack = records_lib.main_attack(records) if attack is None else attack
   rows = records_lib.side_by_side(records, attack=attack)
   headline = records_lib.solid_fpr(records, attack=attack, among=fprs)
-  columns = [
-    Column("method", words=True),
-    Column("bits"),
-    Column("last\nlayer"),
-    Column("test\naccuracy %"),
-  ]
   fitted = not narrow and any("member_accuracy" in row.either for row in rows)
+  columns = [*variant_columns(), Column("test\naccuracy %")]
   columns += [Column("member\naccuracy %")] if fitted else []
-  groups = [who for who in records_lib.Row._fields[1:] if any(getattr(row, who) for row in rows)]
+  groups = [who for who in Row._fields[1:] if any(getattr(row, who) for row in rows)]
   if narrow and "best" in groups:
     groups.remove("matched")
   for who in groups:
     group = records_lib.ATTACKERS[who]
-    columns.append(Column("AUC", group))
-    columns.extend(Column(f"TPR % at\n{percent_words(fpr)} FPR", group) for fpr in fprs)
-  columns += [Column("change"), Column("under-\nestimate"), Column("epsilon\nat least")]
-  columns.append(Column("size\nkB"))
-  changes = {row.variant: records_lib.change(row.counted, headline, rule) for row in rows} if (
-    headline
-  ) else {}  # fmt: skip
-  gaps = {row.variant: records_lib.underestimate(row, headline, rule) for row in rows} if (
-    headline
-  ) else {}  # fmt: skip
-  changes, gaps = records_lib.surely(changes), records_lib.surely(gaps)
+    columns += [Column("AUC", group), *(_rate_column(fpr, group) for fpr in fprs)]
+  columns += map(Column, ("change", "under-\nestimate", "epsilon\nat least", "size\nkB"))
+  judged = rows if headline else []
+  changes, gaps = (
+    records_lib.surely({row.variant: found for row, found in zip(judged, differences, strict=True)})
+    for differences in (
+      [records_lib.change(row.counted, headline, rule) for row in judged],
+      [records_lib.underestimate(row, headline, rule) for row in judged],
+    )
+  )
   cells = []
   for row in rows:
-    own = changes.get(row.variant), gaps.get(row.variant)
-    cells.append(_result_row(row, fitted, groups, fprs, rule, own, headline))
+    line = [*variant_cells(row.variant), number_cell(row.either["test_accuracy"])]
+    line += [number_cell(row.either.get("member_accuracy"))] if fitted else []
+    for who in groups:
+      if (record := getattr(row, who)) is None:
+        same = who != "given" and row.variant.method == "none"
+        line += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
+      else:
+        line += [auc_cell(record), *(rate_cell(record, fpr, rule) for fpr in fprs)]
+    line += [change_cell(found.get(row.variant), headline) for found in (changes, gaps)]
+    size, bound = row.either["size_kb"], row.counted.get("epsilon") or {}
+    line.append(_value_cell(bound.get("epsilon"), ".2f"))
+    line.append(_value_cell(size, ",.1f" if size is not None and size < 1000 else ",.0f"))
+    cells.append(line)
   title = f"Accuracy and leakage to {records_lib.attack_name(attack)}"
   return Table(title, columns, cells, _result_notes(rows, cells, headline))
 
@@ -121,22 +125,18 @@ def attacks(records: Sequence[Record], *, rule: str = "at_most") -> Table:
 
   An FPR at which no target may accuse even one non-member is left out, unless there is no other.
   """
-  leakage = [record for record in records if record["kind"] == "leakage"]
-  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+  leakage = _ordered(record for record in records if record["kind"] == "leakage")
   fprs, left_out = _resolved(leakage)
   in_parts = any(record.get("members", "all") != "all" for record in leakage)
-  columns = [*variant_columns(), Column("shadows", words=True), Column("attack", words=True)]
+  columns = [*_ATTACKED, Column("attack", words=True)]
   columns += [Column("members", words=True)] if in_parts else []
-  columns += [Column("AUC"), Column("balanced\naccuracy %")]
-  columns += [Column(f"TPR % at\n{percent_words(fpr)} FPR") for fpr in fprs]
+  columns += [Column("AUC"), Column("balanced\naccuracy %"), *map(_rate_column, fprs)]
   rows = []
   for record in leakage:
-    row = [*variant_cells(records_lib.variant(record)), _shadows(record)]
-    row.append(words_cell(records_lib.attack_name(record["attack"])))
+    row = [*_attacked(record), words_cell(records_lib.attack_name(record["attack"]))]
     row += [words_cell(record.get("members", "all"))] if in_parts else []
-    row += [number_cell(record["auc"], 1.0, 3), number_cell(record["balanced_accuracy"], 100.0, 1)]
-    row += [rate_cell(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
-    rows.append(row)
+    row += [auc_cell(record), number_cell(record["balanced_accuracy"])]
+    rows.append([*row, *(rate_cell(record, fpr, rule) for fpr in fprs)])
   notes = [*_interval_notes(leakage), *mark_notes(rows), *_left_out_notes(left_out)]
   return Table("All attacks", columns, rows, notes)
 
@@ -147,12 +147,15 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
   The same FPRs as in `attacks`.
   """
   attack = records_lib.main_attack(records) if attack is None else attack
-  leakage = [r for r in records_lib.select(records, "leakage", attack=attack) if r.get("precision")]
-  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
+  leakage = _ordered(
+    record
+    for record in records_lib.select(records, "leakage", attack=attack)
+    if record.get("precision")
+  )
   _, left_out = _resolved(leakage)
   found = {(e["fpr"], e["prior"]) for record in leakage for e in record["precision"]}
   keys = sorted((key for key in found if key[0] not in left_out), reverse=True)
-  columns = [*variant_columns(), Column("shadows", words=True)]
+  columns = [*_ATTACKED]
   columns += [
     Column(f"{percent_words(prior)}\nmembers", f"precision % at {percent_words(fpr)} FPR")
     for fpr, prior in keys
@@ -160,8 +163,7 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
   rows = []
   for record in leakage:
     entries = {(e["fpr"], e["prior"]): e for e in record["precision"]}
-    row = [*variant_cells(records_lib.variant(record)), _shadows(record)]
-    rows.append([*row, *(number_cell(entries.get(key), 100.0, 1) for key in keys)])
+    rows.append([*_attacked(record), *(number_cell(entries.get(key)) for key in keys)])
   notes = [
     "Precision: of those the attack accuses, the share that are members, when the given share of"
     " everybody asked about are members. Non-members count with the rate at which new ones pass the"
@@ -176,26 +178,19 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
 def thresholds(records: Sequence[Record], *, attack: str | None = None) -> Table:
   """What thresholds realise that an attacker can set: on shadows, or on the other targets."""
   attack = records_lib.main_attack(records) if attack is None else attack
-  leakage = records_lib.select(records, "leakage", attack=attack)
-  leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
-  keys = [
-    (t["fpr"], t.get("rule", "at_most"))
-    for t in (leakage[0]["tpr"] if leakage else ())
-    if t.get("transferred") and t.get("rule", "at_most") == "at_most"
+  leakage = _ordered(records_lib.select(records, "leakage", attack=attack))
+  fprs = [
+    entry["fpr"]
+    for entry in (leakage[0]["tpr"] if leakage else ())
+    if entry.get("transferred") and entry.get("rule", "at_most") == "at_most"
   ]
-  columns = [*variant_columns(), Column("shadows", words=True)]
-  for fpr, _ in keys:
-    group = f"aimed at {percent_words(fpr)} FPR"
-    columns += [Column("TPR %", group), Column("FPR %", group)]
-  rows = []
-  for record in leakage if keys else ():
-    row = [*variant_cells(records_lib.variant(record)), _shadows(record)]
-    for fpr, rule in keys:
-      found = (records_lib.tpr_at(record, fpr, rule) or {}).get("transferred") or {}
-      row += [
-        number_cell(found.get(part), 100.0, rate_decimals(fpr) + 1) for part in ("tpr", "fpr")
-      ]
-    rows.append(row)
+  columns, rows = [*_ATTACKED], [_attacked(record) for record in leakage if fprs]
+  for fpr in fprs:
+    columns += [Column(name, f"aimed at {percent_words(fpr)} FPR") for name in ("TPR %", "FPR %")]
+    for row, record in zip(rows, leakage, strict=True):
+      found = (records_lib.tpr_at(record, fpr) or {}).get("transferred") or {}
+      decimals = rate_decimals(fpr) + 1
+      row += [number_cell(found.get(part), decimals=decimals) for part in ("tpr", "fpr")]
   notes = ["The threshold is set on non-members of models whose membership the attacker knows."]
   return Table("Thresholds an attacker can set", columns, rows, notes)
 
@@ -219,7 +214,11 @@ def score_shift(records: Sequence[Record], *, attack: str | None = None) -> Tabl
   cells = []
   for row in rows:
     found = [row.either["scores"].get(kind, {}).get(side) for kind in kinds for side in sides]
-    cells.append([*variant_cells(row.variant), *map(_moments, found)])
+    moments = [
+      _value_cell(each["mean"], ",.2f", below=f"sd {each['sd']:z,.2f}") if each else Cell(MISSING)
+      for each in found
+    ]
+    cells.append([*variant_cells(row.variant), *moments])
   notes = [
     "Mean of the scores that the attacks read, and their standard deviation below it, over models,"
     " examples and queries. An attacker who takes the target's scores as they are expects those of"
@@ -250,7 +249,7 @@ def calibration(
   own, others, among = parts.values()
   known = records_lib.false_positive_rates(own.values())
   fprs = [fpr for fpr in known if fpr in fprs] or known
-  columns = [*variant_columns(), Column("shadows", words=True), Column("AUC of\none by other")]
+  columns = [*_ATTACKED, Column("AUC of\none by other")]
   gaps = {}
   for fpr in fprs:
     group = f"TPR % at {percent_words(fpr)} FPR"
@@ -261,10 +260,9 @@ def calibration(
       gaps |= {(fpr, key): gap for key, gap in records_lib.surely(found).items()}
   rows = []
   for key in sorted(filter(others.get, own), key=lambda key: records_lib.order(key[1])):
-    row = [*variant_cells(key[1]), _shadows(own[key])]
-    row.append(number_cell(among[key]["auc"], 1.0, 3) if key in among else Cell(MISSING))
+    row = [*_attacked(own[key]), auc_cell(among.get(key))]
     for fpr in fprs:
-      row += [rate_cell(one[key], records_lib.tpr_at(one[key], fpr, rule)) for one in (own, others)]
+      row += [rate_cell(one[key], fpr, rule) for one in (own, others)]
       row.append(change_cell(gaps.get((fpr, key)), fpr))
     rows.append(row)
   notes = [
@@ -282,8 +280,7 @@ def classes(records: Sequence[Record], *, attack: str | None = None) -> Table:
   rows = []
   for row in records_lib.side_by_side(records, attack=attack):
     for entry in row.counted.get("classes") or ():
-      auc = number_cell(entry["auc"], 1.0, 3)
-      rows.append([*variant_cells(row.variant), words_cell(entry["class"]), auc])
+      rows.append([*variant_cells(row.variant), words_cell(entry["class"]), auc_cell(entry)])
   columns = [*variant_columns(), Column("class", words=True), Column("AUC")]
   notes = [
     "Three of many classes, so their AUC is too high by chance: where to look, not how much."
@@ -304,7 +301,7 @@ def exposed(records: Sequence[Record]) -> Table:
     [
       *(Cell(str(each[name]), sort=each[name]) for name in ("example", "source_example")),
       words_cell(each["label"]),
-      Cell(_fixed(each["exposure"], 1), sort=each["exposure"]),
+      _value_cell(each["exposure"], ",.1f"),
     ]
     for each in most_exposed(records)
   ]
@@ -317,31 +314,16 @@ def exposed(records: Sequence[Record]) -> Table:
 
 def units(records: Sequence[Record]) -> Table:
   """Reconstruction error of every unit: nearest rounding against the method (mean over models)."""
-  columns = [
-    *variant_columns(),
-    Column("unit", words=True),
-    Column("error\nnearest"),
-    Column("error\nmethod"),
-    Column("kept %"),
-    Column("steps"),
-    Column("seconds"),
-  ]
-  found = records_lib.select(records, "unit")
+  columns = [*variant_columns(), Column("unit", words=True)]
+  columns += map(Column, ("error\nnearest", "error\nmethod", "kept %", "steps", "seconds"))
   rows = []
-  for record in sorted(found, key=lambda r: records_lib.order(records_lib.variant(r))):
+  for record in _ordered(records_lib.select(records, "unit")):
     before, after = record["error_nearest"], record["error_after"]
     kept = 100 * after / before if before and after is not None else None
-    rows.append(
-      [
-        *variant_cells(records_lib.variant(record)),
-        words_cell(record["unit"]),
-        _scientific(before),
-        _scientific(after),
-        Cell(_fixed(kept, 1), sort=kept),
-        Cell(_fixed(record.get("steps"), 0), sort=record.get("steps")),
-        Cell(_fixed(record.get("seconds"), 2), sort=record.get("seconds")),
-      ]
-    )
+    row = [*variant_cells(records_lib.variant(record)), words_cell(record["unit"])]
+    row += [_value_cell(before, ".3e"), _value_cell(after, ".3e"), _value_cell(kept, ",.1f")]
+    row += [_value_cell(record.get("steps"), ",.0f"), _value_cell(record.get("seconds"), ",.2f")]
+    rows.append(row)
   notes = ["Kept: error of the method in % of the error of nearest rounding; above 100 is worse."]
   return Table("Reconstruction error per unit", columns, rows, notes)
 
@@ -366,21 +348,20 @@ def to_text(table: Table, *, width: int = 140) -> str:
   """
   if not table.rows:
     return f"{table.title}: none recorded.\n"
-  widths, gutters = _widths(table, width), _gutters(table)
+  table = lift_marks(table)
+  headings = [(column.name + column.mark).split("\n") for column in table.columns]
+  body = [[*map(_cell_lines, row, table.columns, _gutters(table))] for row in table.rows]
+  widths = _widths(table.columns, [headings, *body], width)
   room = sum(widths) + 2 * (len(widths) - 1)
-  lines = [clean(table.title), "", *_group_lines(table.columns, widths)]
-  headings = [column.name.split("\n") for column in table.columns]
+  lines = [clean(table.title), ""]
+  if any(column.group for column in table.columns):
+    lines.append("  ".join(_group_lines(table.columns, widths)))
   height = max(map(len, headings))
   padded = [[""] * (height - len(heading)) + heading for heading in headings]
-  lines += _lines(padded, table.columns, widths)
-  lines.append("─" * room)
-  for previous, row in zip([None, *table.rows], table.rows, strict=False):
-    if previous and table.columns[0].name == "method" and previous[0].text != row[0].text:
+  lines += [*_lines(padded, table.columns, widths), "─" * room]
+  for i, (row, parts) in enumerate(zip(table.rows, body, strict=True)):
+    if i and table.columns[0].name == "method" and table.rows[i - 1][0].text != row[0].text:
       lines.append("")
-    parts = [
-      _cell_lines(cell, column, size, gutter)
-      for cell, column, size, gutter in zip(row, table.columns, widths, gutters, strict=True)
-    ]
     lines += _lines(parts, table.columns, widths)
   notes = [line for note in table.notes for line in textwrap.wrap(clean(note), max(room, 80))]
   return "\n".join(line.rstrip() for line in [*lines, "", *notes]).rstrip() + "\n"
@@ -390,14 +371,47 @@ def to_markdown(table: Table) -> str:
   """The table as GitHub-flavoured Markdown with its title as a heading, ending in a newline."""
   if not table.rows:
     return f"### {escape_markdown(table.title)}\n\nNone recorded.\n"
-  headings = [_markdown_heading(column) for column in table.columns]
-  rules = [":--" if column.words else "--:" for column in table.columns]
-  lines = [f"### {escape_markdown(table.title)}", "", _pipes(headings), _pipes(rules)]
-  for row in table.rows:
-    lines.append(_pipes([_markdown_cell(cell) for cell in row]))
+  table = lift_marks(table)
+  lines = [f"### {escape_markdown(table.title)}", ""]
+  parts = [
+    map(_markdown_heading, table.columns),
+    [":--" if column.words else "--:" for column in table.columns],
+    *(map(_markdown_cell, row) for row in table.rows),
+  ]
+  lines += [f"| {' | '.join(row)} |" for row in parts]
   if table.notes:
     lines += ["", "<br>".join(escape_markdown(note) for note in table.notes)]
   return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Table) -> str:
+  """The table as a LaTeX tabular for booktabs, its title and notes as comments.
+
+  An interval stands in parentheses after its number.
+  """
+  import pandas
+
+  if not table.rows:
+    return f"% {clean(table.title)}: none recorded.\n"
+  table = lift_marks(table)
+  frame = pandas.DataFrame(
+    [
+      [clean(f"{c.text} ({c.below})" if c.below else c.text) + c.mark for c in row]
+      for row in table.rows
+    ],
+    columns=pandas.MultiIndex.from_tuples(
+      [(column.group, _one_line(column), str(i)) for i, column in enumerate(table.columns)]
+    ),
+  )
+  style = frame.style.hide(axis="index").hide(axis="columns", level=2)
+  style = style.format(escape="latex").format_index(escape="latex", axis="columns")
+  text = style.to_latex(
+    hrules=True,
+    multicol_align="c",
+    column_format="".join("l" if column.words else "r" for column in table.columns),
+  )
+  comments = "".join(f"% {clean(line)}\n" for line in (table.title, *table.notes))
+  return comments + text.replace(OVERLAP, r"$\approx$")
 
 
 def to_csv(records: Sequence[Record] | Mapping[str, Sequence[Record]]) -> str:
@@ -410,17 +424,41 @@ def to_csv(records: Sequence[Record] | Mapping[str, Sequence[Record]]) -> str:
   their path. Full precision is written "full", what is missing is empty. Rates are fractions in
   [0, 1]. The ROC curves are left out. Text that a spreadsheet would run is quoted: `csv_cell`.
   """
-  rows = []
-  for study, some in (records if isinstance(records, Mapping) else {None: records}).items():
-    leakage = [record for record in some if record["kind"] == "leakage"]
-    leakage.sort(key=lambda record: records_lib.order(records_lib.variant(record)))
-    rows += [({} if study is None else {"study": study}) | _flat(record) for record in leakage]
-  out = io.StringIO()
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
-  writer.writerow({name: csv_cell(name) for name in names})
-  writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
-  return out.getvalue()
+  import pandas  # a second of every command, which few need
+
+  rows = [
+    {
+      csv_cell(name): csv_cell(value)
+      for name, value in (({"study": study} if study else {}) | _flat(record)).items()
+    }
+    for study, some in (records if isinstance(records, Mapping) else {None: records}).items()
+    for record in _ordered(record for record in some if record["kind"] == "leakage")
+  ]
+  frame = pandas.DataFrame(rows, dtype=object)  # else integers beside gaps become floats
+  return frame.to_csv(index=False, lineterminator="\n")
+
+
+def lift_marks(table: Table) -> Table:
+  """The same table, a mark of weak rates in the heading of a column whose numbers all carry it."""
+  columns, rows = list(table.columns), [list(row) for row in table.rows]
+  for i, column in enumerate(columns):
+    marks = {row[i].mark for row in rows if row[i].sort is not None}
+    if len(marks) == 1 and marks <= set(MARKS.values()):
+      columns[i] = column._replace(mark=marks.pop())
+      for row in rows:
+        row[i] = row[i]._replace(mark="")
+  return table._replace(columns=columns, rows=rows)
+
+
+def groups(columns: Sequence[Column]) -> list[tuple[str, list[int]]]:
+  """Neighbouring columns with the same group, by their positions."""
+  found: list[tuple[str, list[int]]] = []
+  for i, column in enumerate(columns):
+    if found and found[-1][0] == column.group:
+      found[-1][1].append(i)
+    else:
+      found.append((column.group, [i]))
+  return found
 
 
 def percent_words(fraction: float) -> str:
@@ -455,23 +493,9 @@ def escape_markdown(text: str) -> str:
 # ---- rows and cells ----
 
 
-def _result_row(
-  row: Row, fitted: bool, groups: Sequence[str], fprs: Sequence[float], rule: str,
-  differences: Sequence[records_lib.Difference | None], headline: float | None,
-) -> list[Cell]:  # fmt: skip
-  base = row.either
-  cells = [*variant_cells(row.variant), number_cell(base["test_accuracy"], 100.0, 1)]
-  cells += [number_cell(base.get("member_accuracy"), 100.0, 1)] if fitted else []
-  for attacker in groups:
-    record = getattr(row, attacker)
-    if record is None:
-      same = attacker != "given" and row.variant.method == "none"
-      cells += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
-      continue
-    cells.append(number_cell(record["auc"], 1.0, 3))
-    cells += [rate_cell(record, records_lib.tpr_at(record, fpr, rule)) for fpr in fprs]
-  cells += [change_cell(found, headline) for found in differences]
-  return [*cells, _epsilon(row.counted), *_size_cells(base)]
+def _ordered(records: Iterable[Record]) -> list[Record]:
+  """Records of variants in the order of tables."""
+  return sorted(records, key=lambda record: records_lib.order(records_lib.variant(record)))
 
 
 def change_cell(found: records_lib.Difference | None, fpr: float | None = 0.01) -> Cell:
@@ -484,27 +508,11 @@ def change_cell(found: records_lib.Difference | None, fpr: float | None = 0.01) 
   if found is None or fpr is None:
     return Cell(MISSING)
   decimals = rate_decimals(fpr)
-  number = {"low": found.low, "high": found.high}
-  text, below = f"{100 * found.value:+z.{decimals}f}", interval_words(number, 100.0, decimals)
+  text, below = (
+    f"{100 * found.value:+z.{decimals}f}",
+    interval_words(found._asdict(), 100.0, decimals),
+  )
   return Cell(text, below, sort=found.value, mark="" if found.sure else OVERLAP)
-
-
-def _moments(found: Record | None) -> Cell:
-  """A mean with the standard deviation below it."""
-  if found is None:
-    return Cell(MISSING)
-  return Cell(_fixed(found["mean"], 2), f"sd {_fixed(found['sd'], 2)}", sort=found["mean"])
-
-
-def _epsilon(record: Record) -> Cell:
-  bound = record.get("epsilon")
-  return Cell(MISSING) if not bound else Cell(f"{bound['epsilon']:.2f}", sort=bound["epsilon"])
-
-
-def _size_cells(record: Record) -> list[Cell]:
-  size = record["size_kb"]
-  decimals = 1 if size is not None and size < 1000 else 0
-  return [Cell(_fixed(size, decimals), sort=size)]
 
 
 def variant_columns() -> list[Column]:
@@ -524,8 +532,18 @@ def variant_cells(which: records_lib.Variant) -> list[Cell]:
   ]
 
 
-def _shadows(record: Record) -> Cell:
-  return words_cell(records_lib.ATTACKERS[record["attacker"]])
+_ATTACKED = (*variant_columns(), Column("shadows", words=True))
+"""Columns of `_attacked`."""
+
+
+def _attacked(record: Record) -> list[Cell]:
+  """What was attacked, and with which shadows."""
+  attacker = words_cell(records_lib.ATTACKERS[record["attacker"]])
+  return [*variant_cells(records_lib.variant(record)), attacker]
+
+
+def _rate_column(fpr: float, group: str = "") -> Column:
+  return Column(f"TPR % at\n{percent_words(fpr)} FPR", group)
 
 
 def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[float]]:
@@ -548,43 +566,44 @@ def words_cell(text: Any) -> Cell:
   return Cell(str(text), sort=str(text).lower())
 
 
-def number_cell(number: Record | None, scale: float, decimals: int) -> Cell:
-  """A number with its interval."""
+def number_cell(number: Record | None, scale: float = 100.0, decimals: int = 1) -> Cell:
+  """A number with its interval, in per cent unless told otherwise."""
   value = records_lib.value_of(number)
   if value is None:
     return Cell(MISSING)
-  low, high = records_lib.bounds_of(number)
-  span = None if low is None or high is None else (low, high)
-  text, below = _fixed(scale * value, decimals), interval_words(number, scale, decimals)
-  return Cell(text, below, sort=value, span=span)
+  span = records_lib.bounds_of(number)
+  return Cell(
+    f"{scale * value:z,.{decimals}f}",
+    interval_words(number, scale, decimals),
+    sort=value,
+    span=None if None in span else span,
+  )
 
 
-def rate_cell(record: Record, tpr: Record | None) -> Cell:
-  """A TPR of a record in per cent with its interval, marked if it is weak."""
-  if tpr is None or records_lib.value_of(tpr) is None:
-    return Cell(MISSING)
-  cell = number_cell(tpr, 100.0, rate_decimals(tpr["fpr"]))
-  return cell._replace(mark=MARKS.get(records_lib.weakness(record, tpr), ""))
+def auc_cell(record: Record | None) -> Cell:
+  """The AUC of a record with its interval."""
+  return number_cell((record or {}).get("auc"), 1.0, 3)
+
+
+def rate_cell(record: Record, fpr: float, rule: str = "at_most") -> Cell:
+  """The TPR of a record at an FPR, in per cent with its interval, marked if it is weak."""
+  tpr = records_lib.tpr_at(record, fpr, rule)
+  cell = number_cell(tpr, decimals=rate_decimals(fpr))
+  mark = MARKS.get(records_lib.weakness(record, tpr), "")
+  return cell if cell.sort is None else cell._replace(mark=mark)
 
 
 def interval_words(number: Record | None, scale: float = 1.0, decimals: int = 3) -> str:
   """The interval of a number as "low–high", or nothing if a bound is missing."""
-  low, high = records_lib.bounds_of(number)
-  if low is None or high is None:
-    return ""
-  return f"{_fixed(scale * low, decimals)}{TO}{_fixed(scale * high, decimals)}"
+  bounds = records_lib.bounds_of(number)
+  return "" if None in bounds else TO.join(f"{scale * end:z,.{decimals}f}" for end in bounds)
 
 
-def _fixed(value: Any, decimals: int) -> str:
-  if value is None or not math.isfinite(value):
-    return MISSING
-  return f"{value:z,.{decimals}f}"
-
-
-def _scientific(value: Any) -> Cell:
+def _value_cell(value: Any, form: str, below: str = "") -> Cell:
+  """A number without interval, never "-0"."""
   if value is None or not math.isfinite(value):
     return Cell(MISSING)
-  return Cell(f"{value:.3e}", sort=value)
+  return Cell(f"{value:z{form}}", below, sort=value)
 
 
 # ---- notes ----
@@ -653,18 +672,17 @@ def mark_notes(cells: list[list[Cell]]) -> list[str]:
 # ---- layout of plain text ----
 
 
-def _widths(table: Table, width: int) -> list[int]:
+def _widths(
+  columns: Sequence[Column], rows: Sequence[Sequence[Sequence[str]]], width: int
+) -> list[int]:
   """Widths of the columns; while the table is too wide, its widest column of words shrinks."""
-  widths = []
-  for i, (column, gutter) in enumerate(zip(table.columns, _gutters(table), strict=True)):
-    parts = column.name.split("\n")
-    parts += [clean(part) + gutter * " " for row in table.rows for part in row[i][:2]]
-    widths.append(max(map(_display_width, parts)))
-  for group, members in _groups(table.columns):
+  columnwise = zip(*rows, strict=True)
+  widths = [max(_display_width(line) for lines in parts for line in lines) for parts in columnwise]
+  for group, members in groups(columns):
     lack = len(group) + 4 - sum(widths[i] for i in members) - 2 * (len(members) - 1)
     if group and lack > 0:
       widths[members[-1]] += lack
-  flexible = [i for i, column in enumerate(table.columns) if column.words]
+  flexible = [i for i, column in enumerate(columns) if column.words]
   while flexible and sum(widths) + 2 * (len(widths) - 1) > width:
     widest = max(flexible, key=lambda i: widths[i])
     if widths[widest] <= 8:
@@ -678,47 +696,40 @@ def _gutters(table: Table) -> list[int]:
   return [max(len(row[i].mark) for row in table.rows) for i in range(len(table.columns))]
 
 
-def _groups(columns: Sequence[Column]) -> list[tuple[str, list[int]]]:
-  groups: list[tuple[str, list[int]]] = []
-  for i, column in enumerate(columns):
-    if groups and groups[-1][0] == column.group:
-      groups[-1][1].append(i)
-    else:
-      groups.append((column.group, [i]))
-  return groups
-
-
 def _group_lines(columns: Sequence[Column], widths: Sequence[int]) -> list[str]:
-  if not any(column.group for column in columns):
-    return []
+  """The headings that neighbours share, each over its columns."""
   parts = []
-  for group, members in _groups(columns):
+  for group, members in groups(columns):
     room = sum(widths[i] for i in members) + 2 * (len(members) - 1)
     parts.append(f" {group} ".center(room, "─") if group else " " * room)
-  return ["  ".join(parts)]
+  return parts
 
 
-def _cell_lines(cell: Cell, column: Column, width: int, gutter: int) -> list[str]:
-  """The lines of one cell: words wrapped, a number with its interval below."""
+def _cell_lines(cell: Cell, column: Column, gutter: int) -> list[str]:
+  """The lines of one cell: words, or a number with its interval below."""
   if column.words:
-    return textwrap.wrap(clean(cell.text), width) or [""]
+    return [clean(cell.text)]
   return [clean(cell.text) + cell.mark.ljust(gutter), clean(cell.below) + gutter * " "]
 
 
 def _lines(
   parts: Sequence[Sequence[str]], columns: Sequence[Column], widths: Sequence[int]
 ) -> list[str]:
-  """The lines of a row of cells, each cell padded to its column and filled up with blanks."""
-  height = max(i + 1 for part in parts for i, line in enumerate(part) if line.strip())
-  lines = []
+  """The lines of a row of cells, words wrapped, each cell padded to its column and filled up."""
+  wrapped = [
+    [line for text in lines for line in textwrap.wrap(text, width) or [""]] if c.words else lines
+    for lines, c, width in zip(parts, columns, widths, strict=True)
+  ]
+  height = max(i + 1 for lines in wrapped for i, line in enumerate(lines) if line.strip())
+  found = []
   for i in range(height):
     padded = []
-    for part, column, width in zip(parts, columns, widths, strict=True):
-      text = part[i] if i < len(part) else ""
+    for lines, column, width in zip(wrapped, columns, widths, strict=True):
+      text = lines[i] if i < len(lines) else ""
       space = " " * (width - _display_width(text))
       padded.append(text + space if column.words else space + text)
-    lines.append("  ".join(padded))
-  return lines
+    found.append("  ".join(padded))
+  return found
 
 
 def _display_width(text: str) -> int:
@@ -731,18 +742,17 @@ def _display_width(text: str) -> int:
 # ---- Markdown and CSV ----
 
 
+def _one_line(column: Column) -> str:
+  return clean(column.name.replace("-\n", "").replace("\n", " ")) + column.mark
+
+
 def _markdown_heading(column: Column) -> str:
-  name = column.name.replace("-\n", "").replace("\n", " ")
-  return f"{column.group}:<br>{name}" if column.group else name
+  return f"{column.group}:<br>{_one_line(column)}" if column.group else _one_line(column)
 
 
 def _markdown_cell(cell: Cell) -> str:
   text = escape_markdown(cell.text) + cell.mark
   return f"{text}<br><sub>{escape_markdown(cell.below)}</sub>" if cell.below else text
-
-
-def _pipes(parts: Sequence[str]) -> str:
-  return f"| {' | '.join(parts)} |"
 
 
 def _flat(record: Record) -> dict[str, Any]:
@@ -775,7 +785,7 @@ def _flat(record: Record) -> dict[str, Any]:
       for entry in entries if isinstance(entries, list) else [entries]:
         at = f"_at_{entry['fpr']:g}_{entry['rule']}" if "fpr" in entry else ""
         flat |= _flat_entry(f"{name}{at}_{part}", entry, known=("fpr", "rule"))
-  return {name: "" if value is None else value for name, value in flat.items()}
+  return flat
 
 
 def _flat_entry(name: str, entry: Record, known: Sequence[str] = ()) -> dict[str, Any]:

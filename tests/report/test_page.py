@@ -7,7 +7,7 @@ import pytest
 
 from ptq_jax.report import figures, page, records, tables
 
-VOID = {"meta", "br", "link", "img", "hr"}
+VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
 class Reader(html.parser.HTMLParser):
