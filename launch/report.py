@@ -2,9 +2,10 @@
 
     bash launch/run report --config configs/digits.py --workdir runs/digits
 
-Reads WORKDIR/results.jsonl; writes results.csv, results.md, figures/ and index.html beside it. Of
-the config only its section `report` counts: --config.report.show_images=True also shows the most
-exposed training images, --config.report.figures=False draws nothing.
+Reads WORKDIR/results.jsonl; writes results.csv, results.md, results.tex (the result table, for
+booktabs), figures/ and index.html beside it. Of the config only its section `report` counts:
+--config.report.show_images=True also shows the most exposed training images,
+--config.report.figures=False draws nothing.
 
     bash launch/run report --compare runs/a runs/b --out runs/comparison
 

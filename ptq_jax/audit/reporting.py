@@ -1,8 +1,8 @@
 """Tables, figures and page of what an attack found.
 
-Reads results.jsonl; writes results.csv, results.md, index.html and, with report.figures, figures/
-beside it. Training images may be personal data: only with report.show_images are the most exposed
-ones written, to exposed.npz, figures/ and the page.
+Reads results.jsonl; writes results.csv, results.md, results.tex, index.html and, with
+report.figures, figures/ beside it. Training images may be personal data: only with
+report.show_images are the most exposed ones written, to exposed.npz, figures/ and the page.
 """
 
 import pathlib
@@ -223,6 +223,7 @@ def write_report(
     write("results.csv", tables.to_csv(found))
     made = (tables.results, tables.attacks, tables.calibration, tables.score_shift,
             tables.thresholds, tables.units, tables.warnings)  # fmt: skip
+    write("results.tex", tables.to_latex(tables.results(found)))
     write("results.md", "\n".join(tables.to_markdown(table(found)) for table in made))
     stage.advance(1, "tables")
     write("index.html", page.render(shown, drawn))

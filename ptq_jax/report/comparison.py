@@ -6,8 +6,6 @@ with Holm's method over its own variants; two are never compared by whether inte
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from ptq_jax.report import findings, page, tables
 from ptq_jax.report import records as records_lib
 from ptq_jax.report.records import Difference, Record, Variant
@@ -126,15 +124,14 @@ def _headline(judged: Mapping[str, Mapping[Variant, Difference]]) -> str:
   falls = {v: {_falls(found[v]) for found in judged.values() if v in found} for v in shared}
   differ = [v for v, seen in falls.items() if len(seen) > 1]
   less = [v for v, seen in falls.items() if seen == {True}]
-  words = f"{_count(len(less), len(shared))} measurably less than full precision in every study"
+  words = (
+    f"{len(less)} of {len(shared)} shared variants {'leaks' if len(less) == 1 else 'leak'}"
+    " measurably less than full precision in every study"
+  )
   if not differ:
     return f"The studies agree: {words[0].lower()}{words[1:]}."
   named = f"; {records_lib.describe(differ[0])}" if len(differ) == 1 else f"; {len(differ)}"
   return f"{words}{named} in some only."
-
-
-def _count(some: int, total: int) -> str:
-  return f"{some} of {total} shared variants {'leaks' if some == 1 else 'leak'}"
 
 
 def _shared(judged: Mapping[str, Mapping[Variant, Difference]]) -> list[Variant]:
@@ -163,17 +160,14 @@ def _claim_points(judged: Mapping[str, Mapping[Variant, Difference]], words: str
     elif not others:
       points.append(f"{words} is measurable in every study of {named}.")
     else:
-      gap = max(variants, key=lambda v: _spread([judged[n][v].value for n in falls + others]))
+      values = {v: [judged[name][v].value for name in falls + others] for v in variants}
+      gap = max(variants, key=lambda v: max(values[v]) - min(values[v]))
       numbers = "; ".join(f"{name} {_change(judged[name][gap])}" for name in falls + others)
       points.append(
         f"{words} is measurable in {_listed(falls)}, but not in {_listed(others, 'or')}, for"
         f" {named} ({records_lib.describe(gap)}: {numbers})."
       )
   return points
-
-
-def _spread(values: Sequence[float]) -> float:
-  return max(values) - min(values)
 
 
 def _change(change: Difference) -> str:
@@ -231,15 +225,12 @@ def _fit_points(studies: Studies, fpr: float) -> list[str]:
 
 def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
   """Spearman's, equal values of equal rank; None of fewer than four, or if one never varies."""
-  if len(one) < 4:
+  import pandas
+
+  ranks = pandas.DataFrame({"one": one, "other": other}).rank()
+  if len(ranks) < 4 or (ranks.nunique() == 1).any():
     return None
-  ranks = []
-  for values in map(np.asarray, (one, other)):
-    ordered = np.sort(values)
-    ranks.append(sum(np.searchsorted(ordered, values, side) for side in ("left", "right")))
-  if any(np.ptp(rank) == 0 for rank in ranks):
-    return None
-  return float(np.corrcoef(*ranks)[0, 1])
+  return float(ranks.corr().loc["one", "other"])
 
 
 def _settings_points(studies: Studies) -> list[str]:
@@ -316,17 +307,18 @@ def results(studies: Studies, *, narrow: bool = False) -> Table:
   attackers = ("full_precision", "best") if narrow else tuple(records_lib.COMPARED)
   rows = {name: records_lib.side_by_side(records) for name, records in studies.items()}
   judged = {name: verdicts(records, fpr) for name, records in studies.items()}
-  found = {(name, who): _by_variant(studies[name], who, fpr) for name in studies for who in (
-    *attackers, "given")}  # fmt: skip
+  found = {
+    (name, who): _attacker_cells(studies[name], who, fpr, narrow=narrow)
+    for name in studies
+    for who in (*attackers, "given")
+  }
   shown = [who for who in (*attackers, "given") if any(found[name, who] for name in studies)]
-  parts = ("tpr",) if narrow else ("tpr", "auc")
+  names = (f"TPR % at\n{percent_words(fpr)} FPR", "change", "AUC", "change")[: 2 if narrow else 4]
   columns = [*tables.variant_columns(), Column("study", words=True)]
   columns += [Column("test acc.\nchange"), Column("member acc.\nchange")]
-  names = {"tpr": f"TPR % at\n{percent_words(fpr)} FPR", "auc": "AUC"}
   for who in shown:
-    for part in parts:
-      group = records_lib.COMPARED.get(who, records_lib.ATTACKERS[who])
-      columns += [Column(names[part], group), Column("change", group)]
+    group = records_lib.COMPARED.get(who, records_lib.ATTACKERS[who])
+    columns += [Column(name, group) for name in names]
   cells = []
   lines = [(row, name) for name in studies for row in rows[name]]
   for row, name in sorted(lines, key=lambda line: records_lib.order(line[0].variant)):
@@ -334,7 +326,8 @@ def results(studies: Studies, *, narrow: bool = False) -> Table:
     line += [tables.change_cell(judged[name][c].get(row.variant)) for c in ("test", "members")]
     for who in shown:
       same = who == "matched" and row.variant.method == "none"
-      line += _attacker_cells(found[name, who], row.variant, fpr, parts, same=same)
+      nothing = [Cell(tables.SAME if same else tables.MISSING)] * len(names)
+      line += found[name, who].get(row.variant, nothing)
     cells.append(line)
   notes = [
     "Changes: percentage points (AUC: hundredths) less the same model in full precision, paired"
@@ -345,30 +338,23 @@ def results(studies: Studies, *, narrow: bool = False) -> Table:
   return Table("The studies side by side", columns, cells, notes)
 
 
-def _by_variant(records: Sequence[Record], who: str, fpr: float) -> dict:
-  """By variant the record of an attacker, and by part its changes as Holm's method has them."""
-  attack = records_lib.main_attack(records)
-  found = {
-    records_lib.variant(record): record
-    for record in records_lib.select(records, "leakage", attack=attack, attacker=who)
-  }
-  changes = {
-    "tpr": {v: records_lib.change(record, fpr) for v, record in found.items()},
-    "auc": {v: records_lib.auc_change(record) for v, record in found.items()},
-  }
-  sure = {part: records_lib.surely(of) for part, of in changes.items()}
-  return {v: (record, {p: of.get(v) for p, of in sure.items()}) for v, record in found.items()}
-
-
 def _attacker_cells(
-  found: dict, variant: Variant, fpr: float, parts: Sequence[str], *, same: bool
-) -> list[Cell]:
-  if variant not in found:
-    return [Cell(tables.SAME if same else tables.MISSING)] * (2 * len(parts))
-  record, changes = found[variant]
-  cells = {"tpr": tables.rate_cell(record, fpr), "auc": tables.auc_cell(record)}
-  pairs = [(cells[part], tables.change_cell(changes[part], fpr)) for part in parts]
-  return [cell for pair in pairs for cell in pair]
+  records: Sequence[Record], who: str, fpr: float, *, narrow: bool
+) -> dict[Variant, list[Cell]]:
+  """By variant what an attacker finds, and its changes as Holm's method has them."""
+  attack = records_lib.main_attack(records)
+  leakage = records_lib.select(records, "leakage", attack=attack, attacker=who)
+  found = {records_lib.variant(record): record for record in leakage}
+  parts = [
+    (lambda record: tables.rate_cell(record, fpr), lambda record: records_lib.change(record, fpr)),
+    (tables.auc_cell, records_lib.auc_change),
+  ]
+  cells: dict[Variant, list[Cell]] = {variant: [] for variant in found}
+  for cell, change in parts[: 1 if narrow else 2]:
+    changes = records_lib.surely({v: change(record) for v, record in found.items()})
+    for variant, record in found.items():
+      cells[variant] += [cell(record), tables.change_cell(changes.get(variant), fpr)]
+  return cells
 
 
 def settings(studies: Studies) -> Table:
@@ -387,15 +373,16 @@ def settings(studies: Studies) -> Table:
   differ.sort(key=lambda key: key not in ATTACK_SETTINGS)
   columns = [Column("setting", words=True), *(Column(name, words=True) for name in studies)]
   rows = [
-    [tables.words_cell(key), *(tables.words_cell(_shown(values, key)) for values in flat.values())]
+    [
+      tables.words_cell(key),
+      *(
+        tables.words_cell(tables.MISSING if values.get(key) is None else values[key])
+        for values in flat.values()
+      ),
+    ]
     for key in differ
   ]
   return Table("Settings that differ", columns, rows, ["Those of the attack come first."])
-
-
-def _shown(values: Mapping, key: str) -> str:
-  value = values.get(key)
-  return tables.MISSING if value is None else str(value)
 
 
 def draw(studies: Studies) -> dict:

@@ -96,15 +96,13 @@ def render(
   found = findings.summarize(records, attack=attack, fpr=fpr)
   runs = records_lib.select(records, "run")
   name = str(runs[0]["name"]) if runs else "audit"
-  more = (
-    tables.attacks(records),
-    *(
-      make(records, attack=attack)
-      for make in (tables.calibration, tables.score_shift, tables.thresholds, tables.classes,
-                   tables.precision)
-    ),
-    tables.units(records),
-  )  # fmt: skip
+  more = [tables.attacks(records)]
+  more += [
+    make(records, attack=attack)
+    for make in (tables.calibration, tables.score_shift, tables.thresholds, tables.classes,
+                 tables.precision)
+  ]  # fmt: skip
+  more.append(tables.units(records))
   return document(
     title=f"{name}: privacy audit",
     about=f"Privacy audit of quantized classifiers · {name}",
@@ -121,47 +119,27 @@ def render(
   )
 
 
-def document(
-  *,
-  title: str,
-  about: str,
-  found: findings.Findings,
-  results: Table,
-  csv: str,
-  figures: Mapping[str, Any],
-  tiles: Sequence[Mapping] = (),
-  warnings: Sequence[Record] = (),
-  exposed: Table | None = None,
-  differing: Table | None = None,
-  reading: bool = False,
-  more: Sequence[Table] = (),
-  settings: Mapping[str, Mapping] | None = None,
-) -> str:
-  """A whole document; what is empty is left out.
+_EMPTY = {"tiles": (), "warnings": (), "exposed": None, "differing": None, "reading": False,
+          "more": (), "settings": {}}  # fmt: skip
+"""Parts of the page that not every one has."""
+
+
+def document(*, csv: str, figures: Mapping[str, Any], **parts: Any) -> str:
+  """A whole document.
 
   Args:
-    title: of the window.
-    about: the line above the headline.
-    found: headline, and findings.
-    results: the main table.
     csv: all numbers, to download.
     figures: matplotlib figures by name.
-    tiles: of `_tiles`.
-    warnings: their records.
-    exposed: the most exposed examples.
-    differing: settings that differ.
-    reading: whether to say what an audit means.
-    more: tables that few need, folded.
-    settings: facts by name, by the title of their block.
+    **parts: what `page.html.jinja` says it takes; what is not given or empty is left out.
   """
   return _ENVIRONMENT.get_template("page.html.jinja").render(
-    title=title, about=about, found=found, results=results, tiles=tiles, warnings=warnings,
-    exposed=exposed, images_hidden="exposed_examples" not in figures, differing=differing,
-    reading=reading, more=more, settings=settings, csv=base64.b64encode(csv.encode()).decode(),
+    **(_EMPTY | parts),
+    csv=Markup(base64.b64encode(csv.encode()).decode()),
     figures=[_figure(f"figure{i}", *item) for i, item in enumerate(figures.items())],
+    images_hidden="exposed_examples" not in figures,
     style=Markup((_FOLDER / "page.css").read_text()),
     script=Markup((_FOLDER / "page.js").read_text()),
-  )  # fmt: skip
+  )
 
 
 def table_html(table: Table) -> str:

@@ -19,7 +19,7 @@ MISSING = "\u2013"
 """Shown where nothing was measured."""
 
 TO = "\u2013"
-"""Between the bounds of an interval."""
+"""Between the bounds of an interval; words where one is negative."""
 
 SAME = "same"
 """Shown for matched shadows of a full-precision target: they are the full-precision shadows."""
@@ -67,7 +67,6 @@ def results(
   *,
   attack: str | None = None,
   fprs: Sequence[float] = (0.01, 0.001),
-  rule: str = "at_most",
   narrow: bool = False,
 ) -> Table:
   """The result table: accuracy beside leakage to both attackers, one row per variant.
@@ -76,7 +75,6 @@ def results(
     records: any records; the leakage records are shown.
     attack: which attack; default `records.main_attack`.
     fprs: false-positive rates whose TPR is shown.
-    rule: the rule by which TPR is read off the ROC curve where several were recorded.
     narrow: for a terminal: leaves out accuracy on members, and matched shadows where a best
       attacker was chosen.
   """
@@ -93,12 +91,11 @@ def results(
     group = records_lib.ATTACKERS[who]
     columns += [Column("AUC", group), *(_rate_column(fpr, group) for fpr in fprs)]
   columns += map(Column, ("change", "under-\nestimate", "epsilon\nat least", "size\nkB"))
-  judged = rows if headline else []
   changes, gaps = (
-    records_lib.surely({row.variant: found for row, found in zip(judged, differences, strict=True)})
-    for differences in (
-      [records_lib.change(row.counted, headline, rule) for row in judged],
-      [records_lib.underestimate(row, headline, rule) for row in judged],
+    records_lib.surely({row.variant: found(row) for row in rows} if headline else {})
+    for found in (
+      lambda row: records_lib.change(row.counted, headline),
+      lambda row: records_lib.underestimate(row, headline),
     )
   )
   cells = []
@@ -110,7 +107,7 @@ def results(
         same = who != "given" and row.variant.method == "none"
         line += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
       else:
-        line += [auc_cell(record), *(rate_cell(record, fpr, rule) for fpr in fprs)]
+        line += [auc_cell(record), *(rate_cell(record, fpr) for fpr in fprs)]
     line += [change_cell(found.get(row.variant), headline) for found in (changes, gaps)]
     size, bound = row.either["size_kb"], row.counted.get("epsilon") or {}
     line.append(_value_cell(bound.get("epsilon"), ".2f"))
@@ -120,7 +117,7 @@ def results(
   return Table(title, columns, cells, _result_notes(rows, cells, headline))
 
 
-def attacks(records: Sequence[Record], *, rule: str = "at_most") -> Table:
+def attacks(records: Sequence[Record]) -> Table:
   """Every leakage record on one line: AUC, balanced accuracy and TPR at every FPR.
 
   An FPR at which no target may accuse even one non-member is left out, unless there is no other.
@@ -136,7 +133,7 @@ def attacks(records: Sequence[Record], *, rule: str = "at_most") -> Table:
     row = [*_attacked(record), words_cell(records_lib.attack_name(record["attack"]))]
     row += [words_cell(record.get("members", "all"))] if in_parts else []
     row += [auc_cell(record), number_cell(record["balanced_accuracy"])]
-    rows.append([*row, *(rate_cell(record, fpr, rule) for fpr in fprs)])
+    rows.append([*row, *(rate_cell(record, fpr) for fpr in fprs)])
   notes = [*_interval_notes(leakage), *mark_notes(rows), *_left_out_notes(left_out)]
   return Table("All attacks", columns, rows, notes)
 
@@ -147,19 +144,15 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
   The same FPRs as in `attacks`.
   """
   attack = records_lib.main_attack(records) if attack is None else attack
-  leakage = _ordered(
-    record
-    for record in records_lib.select(records, "leakage", attack=attack)
-    if record.get("precision")
-  )
+  leakage = _ordered(records_lib.select(records, "leakage", attack=attack))
+  leakage = [record for record in leakage if record.get("precision")]
   _, left_out = _resolved(leakage)
   found = {(e["fpr"], e["prior"]) for record in leakage for e in record["precision"]}
   keys = sorted((key for key in found if key[0] not in left_out), reverse=True)
   columns = [*_ATTACKED]
-  columns += [
-    Column(f"{percent_words(prior)}\nmembers", f"precision % at {percent_words(fpr)} FPR")
-    for fpr, prior in keys
-  ]
+  for fpr, prior in keys:
+    group = f"precision % at {percent_words(fpr)} FPR"
+    columns.append(Column(f"{percent_words(prior)}\nmembers", group))
   rows = []
   for record in leakage:
     entries = {(e["fpr"], e["prior"]): e for e in record["precision"]}
@@ -228,11 +221,7 @@ def score_shift(records: Sequence[Record], *, attack: str | None = None) -> Tabl
 
 
 def calibration(
-  records: Sequence[Record],
-  *,
-  attack: str | None = None,
-  fprs: Sequence[float] = (0.01, 0.001),
-  rule: str = "at_most",
+  records: Sequence[Record], *, attack: str | None = None, fprs: Sequence[float] = (0.01, 0.001)
 ) -> Table:
   """Leakage of the members that calibrated the quantizer beside that of the other members.
 
@@ -256,13 +245,13 @@ def calibration(
     names = ("calibration\nmembers", "other\nmembers", "difference")
     columns += [Column(name, group) for name in names]
     for who in dict.fromkeys(who for who, _ in own):
-      found = {k: records_lib.calibration_gap(own[k], fpr, rule) for k in own if k[0] == who}
+      found = {k: records_lib.calibration_gap(own[k], fpr) for k in own if k[0] == who}
       gaps |= {(fpr, key): gap for key, gap in records_lib.surely(found).items()}
   rows = []
   for key in sorted(filter(others.get, own), key=lambda key: records_lib.order(key[1])):
     row = [*_attacked(own[key]), auc_cell(among.get(key))]
     for fpr in fprs:
-      row += [rate_cell(one[key], fpr, rule) for one in (own, others)]
+      row += [rate_cell(one[key], fpr) for one in (own, others)]
       row.append(change_cell(gaps.get((fpr, key)), fpr))
     rows.append(row)
   notes = [
@@ -481,7 +470,7 @@ def rate_decimals(fpr: float) -> int:
 
 def clean(text: str) -> str:
   """The text on one line without control characters: names may come from anywhere."""
-  return "".join(c if c.isprintable() else " " for c in text)
+  return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def escape_markdown(text: str) -> str:
@@ -585,9 +574,9 @@ def auc_cell(record: Record | None) -> Cell:
   return number_cell((record or {}).get("auc"), 1.0, 3)
 
 
-def rate_cell(record: Record, fpr: float, rule: str = "at_most") -> Cell:
+def rate_cell(record: Record, fpr: float) -> Cell:
   """The TPR of a record at an FPR, in per cent with its interval, marked if it is weak."""
-  tpr = records_lib.tpr_at(record, fpr, rule)
+  tpr = records_lib.tpr_at(record, fpr)
   cell = number_cell(tpr, decimals=rate_decimals(fpr))
   mark = MARKS.get(records_lib.weakness(record, tpr), "")
   return cell if cell.sort is None else cell._replace(mark=mark)
@@ -595,8 +584,11 @@ def rate_cell(record: Record, fpr: float, rule: str = "at_most") -> Cell:
 
 def interval_words(number: Record | None, scale: float = 1.0, decimals: int = 3) -> str:
   """The interval of a number as "low–high", or nothing if a bound is missing."""
-  bounds = records_lib.bounds_of(number)
-  return "" if None in bounds else TO.join(f"{scale * end:z,.{decimals}f}" for end in bounds)
+  low, high = records_lib.bounds_of(number)
+  if low is None or high is None:
+    return ""
+  to = " to " if low < 0 else TO
+  return to.join(f"{scale * end:z,.{decimals}f}" for end in (low, high))
 
 
 def _value_cell(value: Any, form: str, below: str = "") -> Cell:
@@ -770,31 +762,33 @@ def _flat(record: Record) -> dict[str, Any]:
   }
   for name in ("bits_per_weight", "size_kb", "num_targets", "num_members", "num_non_members"):
     flat[name] = record[name]
-  for name in ("test_accuracy", "accuracy_minus_full_precision", "member_accuracy",
-               "member_accuracy_minus_full_precision", "scores", "auc", "balanced_accuracy",
-               "epsilon"):  # fmt: skip
-    flat |= _flat_entry(name, record.get(name) or {})
+  entries = {
+    name: record.get(name) or {}
+    for name in ("test_accuracy", "accuracy_minus_full_precision", "member_accuracy",
+                 "member_accuracy_minus_full_precision", "scores", "auc", "balanced_accuracy",
+                 "epsilon")
+  }  # fmt: skip
   for entry in record["tpr"]:
-    rule = f"_{entry['rule']}" if "rule" in entry else ""
-    flat |= _flat_entry(f"tpr_at_{entry['fpr']:g}{rule}", entry, known=("fpr", "rule"))
+    entries["_".join([f"tpr_at_{entry['fpr']:g}", *filter(None, [entry.get("rule")])])] = entry
   for entry in record.get("precision", ()):
-    name = f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}"
-    flat |= _flat_entry(name, entry, known=("fpr", "prior"))
+    entries[f"precision_prior_{entry['prior']:g}_fpr_{entry['fpr']:g}"] = entry
   for part in ("minus_full_precision", "minus_full_precision_shadows", "minus_other_members"):
-    for name, entries in (record.get(part) or {}).items():
-      for entry in entries if isinstance(entries, list) else [entries]:
-        at = f"_at_{entry['fpr']:g}_{entry['rule']}" if "fpr" in entry else ""
-        flat |= _flat_entry(f"{name}{at}_{part}", entry, known=("fpr", "rule"))
+    for name, found in (record.get(part) or {}).items():
+      for entry in found if isinstance(found, list) else [found]:
+        at = ["at", f"{entry['fpr']:g}", entry["rule"]] if "fpr" in entry else []
+        entries["_".join([name, *at, part])] = entry
+  for name, entry in entries.items():
+    flat |= _flat_entry(name, entry)
   return flat
 
 
-def _flat_entry(name: str, entry: Record, known: Sequence[str] = ()) -> dict[str, Any]:
-  """The parts of an entry by path; a number's value has the path of the number itself."""
+def _flat_entry(name: str, entry: Record) -> dict[str, Any]:
+  """The parts of an entry by path, but for what its name says; a value has that of its number."""
   flat = {}
   for part, value in entry.items():
     path = name if part == "value" else f"{name}_{part}"
     if isinstance(value, Mapping):
       flat |= _flat_entry(path, value)
-    elif part not in known:
+    elif part not in ("fpr", "rule", "prior"):
       flat[path] = records_lib.plain(value)
   return flat

@@ -2,10 +2,11 @@ import base64
 import html.parser
 import re
 
+import jinja2
 import numpy as np
 import pytest
 
-from ptq_jax.report import figures, page, records, tables
+from ptq_jax.report import comparison, figures, page, records, tables
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -158,3 +159,67 @@ def test_weak_rates_keep_their_marks(example):
   text = page.render([example.leakage(non_members=750)])
   assert "<sup>†</sup>" in text
   assert "<sup>‡</sup>" in text
+
+
+def test_rows_can_be_chosen_by_method_and_bits(example):
+  found = [example.leakage(), *(example.leakage(m, n, n) for m in ("obc", "brecq") for n in (4, 3))]
+  text = page.table_html(tables.results(found))
+  reader = Reader(text)
+  assert reader.open == []
+  fields = re.findall(
+    r'<fieldset data-column="(\d)"><legend>only (\w+)</legend>(.*)</fieldset>', text
+  )
+  boxes = {
+    name: (int(column), re.findall(r'<input type="checkbox"[^>]* value="([^"]*)">', inner))
+    for column, name, inner in fields
+  }
+  assert boxes == {"method": (0, ["BRECQ", "OBC"]), "bits": (1, ["2", "1.58"])}
+  shown = re.findall(r"<th scope=\"row\"[^>]*>([^<]*)</th><td[^>]*>([^<]*)</td>", text)
+  assert {name for name, _ in shown} - {"full precision"} == set(boxes["method"][1])
+  assert {bits for _, bits in shown} - {"full"} == set(boxes["bits"][1])
+  assert "<fieldset" not in page.table_html(tables.results(found[:2]))
+
+
+def test_controls_are_hidden_until_the_script_runs_and_keys_reach_them(audit, rendered):
+  reader = Reader(rendered)
+  count = rendered.count('<table class="data">')
+  assert count > 3
+  assert rendered.count('<div class="controls" hidden>') == count
+  assert rendered.count('<div class="scroll" tabindex="0" role="region" aria-label="') == count
+  assert ("class", "hint") in reader.attributes
+  assert any("Headings sort" in text for text in reader.text)
+  heads = re.findall(r'<th[^>]*aria-sort="none">(<button type="button">)?', rendered)
+  assert len(heads) > count
+  assert all(heads)
+
+
+def test_studies_can_be_chosen(example):
+  two = {name: example.study({("obc", 3): -0.08}) for name in ("one", "other")}
+  text = page.table_html(comparison.results(two))
+  assert '<fieldset data-column="3"><legend>only study</legend>' in text
+  assert 'value="one"' in text
+
+
+def test_a_mark_of_all_numbers_stands_in_the_heading(example):
+  weak, solid = example.leakage(non_members=750), example.leakage("obc", 3, 3)
+  body = page.table_html(tables.results([weak])).partition("<tbody>")[2]
+  assert "<sup>" not in body.partition("</tbody>")[0]
+  body = page.table_html(tables.results([weak, solid])).partition("<tbody>")[2]
+  assert "<sup>‡</sup>" in body.partition("</tbody>")[0]
+
+
+def test_nothing_is_minus_zero(example):
+  tiny = example.paired(-1e-9, half=1e-9, fpr=0.001, rule="at_most")
+  moments = {"targets": {"members": {"mean": -1e-9, "sd": 1.0}}}
+  audit = [
+    example.leakage(scores=moments),
+    example.leakage("obc", 3, 3, "best", minus_full_precision={"tpr": [tiny]}),
+  ]
+  text = page.render(audit)
+  assert "+0.00<sup>" in text
+  assert re.findall(r"[^\d]-0\.0+(?!\d)", "".join(Reader(text).text)) == []
+
+
+def test_the_template_refuses_what_it_was_not_given(example):
+  with pytest.raises(jinja2.UndefinedError, match="'title' is undefined"):
+    page.document(csv="", figures={})

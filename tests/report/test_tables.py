@@ -1,6 +1,7 @@
 import csv
 import io
 import math
+import re
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_results_show_both_attackers_side_by_side(example):
   assert cell(table, 1, "TPR % at\n1% FPR", MATCHED)[:2] == ("4.0", "3.6\u20134.4")
   assert cell(table, 1, "under-\nestimate")[:2] == ("+2.0", "1.8\u20132.2")
   assert cell(table, 1, "under-\nestimate").mark == ""
-  assert cell(table, 1, "change")[:2] == ("-0.1", "-0.3\u20130.1")
+  assert cell(table, 1, "change")[:2] == ("-0.1", "-0.3 to 0.1")
   assert cell(table, 1, "change").mark == "≈"
   assert cell(table, 0, "AUC", MATCHED).text == tables.SAME
   assert cell(table, 0, "under-\nestimate").text == tables.MISSING
@@ -321,3 +322,45 @@ def test_calibration_members_stand_beside_the_others(example):
   groups = {column.group for column in tables.calibration(found, fprs=(0.05,)).columns}
   assert groups == {"", *(f"TPR % at {rate} FPR" for rate in ("10%", "1%", "0.1%"))}
   assert tables.calibration([example.leakage()]).rows == []
+
+
+def test_marks_that_all_numbers_carry_go_to_the_heading(example):
+  weak = example.leakage(non_members=2_000)
+  lifted = tables.lift_marks(tables.results([weak, example.leakage("obc", 3, 3, "matched")]))
+  own, other = ([c.mark for c in lifted.columns if c.group == group] for group in (FULL, MATCHED))
+  assert (own, other) == (["", "", "†"], ["", "", ""])
+  assert {cell.mark for row in lifted.rows for cell in row} == {""}
+  table = tables.results([weak, example.leakage("obc", 3, 3)])
+  assert tables.lift_marks(table) == table
+  for write in (tables.to_text, tables.to_markdown, tables.to_latex):
+    assert "% FPR†" in write(tables.results([weak])).replace("\\", "")
+
+
+def test_latex_escapes_and_keeps_its_columns(example):
+  fields = {"minus_full_precision_shadows": example.differences(0.001, fpr=0.001)}
+  name = "a_b&<50%>$x^2${}\x1b"
+  found = [
+    example.leakage(),
+    example.leakage(name, 3, 3),
+    example.leakage(name, 3, 3, "matched", **fields),
+  ]
+  table = tables.results(found)
+  text = tables.to_latex(table)
+  start, body = text.split("\\midrule\n")
+  rows = body.split("\\bottomrule")[0].splitlines()
+  assert len(rows) == len(table.rows)
+  assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table.columns) - 1}
+  assert "a\\_b\\&<50\\%>\\$x\\textasciicircum 2\\$\\{\\}" in rows[1]
+  assert "0.760 (0.753\u20130.768)" in rows[0]
+  assert "+0.10 (-0.10 to 0.30)$\\approx$" in rows[1]
+  assert "\\multicolumn{3}{c}{matched shadows}" in start
+  assert all(line.startswith("%") for line in start.split("\\begin")[0].splitlines())
+  assert tables.to_latex(tables.results([example.run()])).endswith(": none recorded.\n")
+
+
+def test_csv_keeps_integers_beside_gaps(example):
+  few = example.rate(0.1, fpr=0.5, rule="at_most", false_positives=3)
+  found = [example.leakage(), example.leakage("obc", 3, 3, tpr=[few])]
+  lines = list(csv.DictReader(io.StringIO(tables.to_csv(found))))
+  name = "tpr_at_0.5_at_most_false_positives"
+  assert [line[name] for line in lines] == ["", "3"]
