@@ -134,7 +134,7 @@ def attacks(records: Sequence[Record]) -> Table:
     row += [words_cell(record.get("members", "all"))] if in_parts else []
     row += [auc_cell(record), number_cell(record["balanced_accuracy"])]
     rows.append([*row, *(rate_cell(record, fpr) for fpr in fprs)])
-  notes = [*_interval_notes(leakage), *mark_notes(rows), *_left_out_notes(left_out)]
+  notes = [*_interval_notes(leakage), *mark_notes(rows), *left_out]
   return Table("All attacks", columns, rows, notes)
 
 
@@ -146,9 +146,9 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
   attack = records_lib.main_attack(records) if attack is None else attack
   leakage = _ordered(records_lib.select(records, "leakage", attack=attack))
   leakage = [record for record in leakage if record.get("precision")]
-  _, left_out = _resolved(leakage)
+  fprs, left_out = _resolved(leakage)
   found = {(e["fpr"], e["prior"]) for record in leakage for e in record["precision"]}
-  keys = sorted((key for key in found if key[0] not in left_out), reverse=True)
+  keys = sorted((key for key in found if key[0] in fprs), reverse=True)
   columns = [*_ATTACKED]
   for fpr, prior in keys:
     group = f"precision % at {percent_words(fpr)} FPR"
@@ -162,7 +162,7 @@ def precision(records: Sequence[Record], *, attack: str | None = None) -> Table:
     " everybody asked about are members. Non-members count with the rate at which new ones pass the"
     " threshold, (k + 1) / (n + 1) with k of n allowed; the interval holds that rate's, too.",
     *_interval_notes(leakage),
-    *_left_out_notes(left_out),
+    *left_out,
   ]
   title = f"Precision of an accusation by {records_lib.attack_name(attack)}"
   return Table(title, columns, rows, notes)
@@ -497,11 +497,9 @@ def change_cell(found: records_lib.Difference | None, fpr: float | None = 0.01) 
   if found is None or fpr is None:
     return Cell(MISSING)
   decimals = rate_decimals(fpr)
-  text, below = (
-    f"{100 * found.value:+z.{decimals}f}",
-    interval_words(found._asdict(), 100.0, decimals),
-  )
-  return Cell(text, below, sort=found.value, mark="" if found.sure else OVERLAP)
+  below = interval_words(found._asdict(), 100.0, decimals)
+  mark = "" if found.sure else OVERLAP
+  return Cell(f"{100 * found.value:+z.{decimals}f}", below, sort=found.value, mark=mark)
 
 
 def variant_columns() -> list[Column]:
@@ -535,19 +533,16 @@ def _rate_column(fpr: float, group: str = "") -> Column:
   return Column(f"TPR % at\n{percent_words(fpr)} FPR", group)
 
 
-def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[float]]:
-  """The recorded FPRs that some target's non-members can resolve, and the others."""
+def _resolved(leakage: Sequence[Record]) -> tuple[list[float], list[str]]:
+  """The recorded FPRs that some target's non-members can resolve, and a note of the others."""
   fprs = records_lib.false_positive_rates(leakage)
-  weak = "non_members"
-  resolved = [
-    fpr
-    for fpr in fprs
-    if any(
-      records_lib.tpr_at(r, fpr) and records_lib.weakness(r, records_lib.tpr_at(r, fpr)) != weak
-      for r in leakage
-    )
-  ]
-  return (resolved, [fpr for fpr in fprs if fpr not in resolved]) if resolved else (fprs, [])
+  found = [(r, fpr, records_lib.tpr_at(r, fpr)) for r in leakage for fpr in fprs]
+  resolved = {fpr for r, fpr, tpr in found if tpr and records_lib.weakness(r, tpr) != "non_members"}
+  left_out = ", ".join(percent_words(fpr) for fpr in fprs if fpr not in resolved)
+  if not resolved or not left_out:
+    return fprs, []
+  note = f"Not shown: {left_out} FPR, at which no target may accuse even one non-member."
+  return [fpr for fpr in fprs if fpr in resolved], [f"{note} The CSV has them."]
 
 
 def words_cell(text: Any) -> Cell:
@@ -583,12 +578,12 @@ def rate_cell(record: Record, fpr: float) -> Cell:
 
 
 def interval_words(number: Record | None, scale: float = 1.0, decimals: int = 3) -> str:
-  """The interval of a number as "low–high", or nothing if a bound is missing."""
+  """The interval of a number as "low–high" or "-low to high"; nothing if a bound is missing."""
   low, high = records_lib.bounds_of(number)
   if low is None or high is None:
     return ""
-  to = " to " if low < 0 else TO
-  return to.join(f"{scale * end:z,.{decimals}f}" for end in (low, high))
+  low, high = (f"{scale * end:z,.{decimals}f}" for end in (low, high))
+  return f"{low} to {high}" if low.startswith("-") else f"{low}{TO}{high}"
 
 
 def _value_cell(value: Any, form: str, below: str = "") -> Cell:
@@ -602,7 +597,7 @@ def _value_cell(value: Any, form: str, below: str = "") -> Cell:
 
 
 def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | None) -> list[str]:
-  shown = [record for row in rows for record in row[1:] if record is not None]
+  shown = [record for row in rows for record in row.shown]
   notes = _interval_notes(shown, accuracy=True)
   if fpr is not None and any(row.variant.method != "none" and row.full_precision for row in rows):
     count = sum(row.variant.method != "none" for row in rows)
@@ -638,15 +633,6 @@ def _interval_notes(leakage: Sequence[Record], *, accuracy: bool = False) -> lis
 
 def _interval_names(numbers: Sequence[Record]) -> str:
   return " or ".join(sorted({n["interval"] for n in numbers if n.get("interval")}))
-
-
-def _left_out_notes(left_out: Sequence[float]) -> list[str]:
-  if not left_out:
-    return []
-  rates = ", ".join(percent_words(fpr) for fpr in left_out)
-  return [
-    f"Not shown: {rates} FPR, at which no target may accuse even one non-member. The CSV has them."
-  ]
 
 
 def mark_notes(cells: list[list[Cell]]) -> list[str]:
