@@ -157,22 +157,20 @@ def _tiles(
   if fpr is None:
     return []
   rows = {row.variant: row for row in records_lib.side_by_side(records, attack=attack)}
-  shown = [(row, "full_precision", row.counted) for row in rows.values()
-           if row.variant.method == "none"][:1]  # fmt: skip
+  shown = [(row, row.counted) for row in rows.values() if row.variant.method == "none"][:1]
   if variant in rows:
-    row = rows[variant]
-    shown += [(row, who, getattr(row, who)) for who in row._fields[1:] if getattr(row, who)]
+    shown += [(rows[variant], record) for record in rows[variant].shown]
   return [
     {
       "variant": records_lib.describe(row.variant),
-      "attacker": records_lib.ATTACKERS[who],
+      "attacker": records_lib.ATTACKERS[record["attacker"]],
       "rate": tables.number_cell(
         records_lib.tpr_at(record, fpr), decimals=tables.rate_decimals(fpr)
       ),
       "fpr": tables.percent_words(fpr),
       "accuracy": tables.number_cell(row.either.get("test_accuracy")),
     }
-    for row, who, record in shown
+    for row, record in shown
   ]
 
 

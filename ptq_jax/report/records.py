@@ -554,6 +554,17 @@ def attack_name(attack: str) -> str:
   return " ".join(_ATTACK_WORDS.get(word, word) for word in attack.split("_"))
 
 
+def attacks_of(record: Record) -> str:
+  """The attack of a record of leakage; several, and for how many targets, if it was chosen."""
+  counts = {}
+  for entry in record.get("chosen", ()):
+    name = attack_name(entry["attack"])
+    counts[name] = counts.get(name, 0) + entry["targets"]
+  if len(counts) > 1:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+  return next(iter(counts), attack_name(record["attack"]))
+
+
 def describe(which: Variant) -> str:
   """A variant in words.
 

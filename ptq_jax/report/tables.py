@@ -130,7 +130,7 @@ def attacks(records: Sequence[Record]) -> Table:
   columns += [Column("AUC"), Column("balanced\naccuracy %"), *map(_rate_column, fprs)]
   rows = []
   for record in leakage:
-    row = [*_attacked(record), words_cell(records_lib.attack_name(record["attack"]))]
+    row = [*_attacked(record), words_cell(records_lib.attacks_of(record))]
     row += [words_cell(record.get("members", "all"))] if in_parts else []
     row += [auc_cell(record), number_cell(record["balanced_accuracy"])]
     rows.append([*row, *(rate_cell(record, fpr) for fpr in fprs)])
@@ -602,8 +602,9 @@ def _result_notes(rows: Sequence[Row], cells: list[list[Cell]], fpr: float | Non
   if fpr is not None and any(row.variant.method != "none" and row.full_precision for row in rows):
     count = sum(row.variant.method != "none" for row in rows)
     notes += [
-      'Best attacker: one of those of the table "All attacks", chosen for each target by how many'
-      " members it finds in models whose membership the attacker knows.",
+      'Best attacker: one of those of the table "All attacks" with one of the attacks, chosen for'
+      " each target by how many members it finds in other models, whose membership the attacker"
+      " knows; so it may find a little less than what turns out to find most.",
       f"Change: TPR of the best attacker at {percent_words(fpr)} FPR less that at full precision;"
       " underestimate: the same less that of the attacker with full-precision shadows. Percentage"
       f" points, paired over examples and targets. {OVERLAP} may be 0, by Holm's method for"

@@ -62,6 +62,14 @@ def test_the_page_is_well_formed_and_complete(rendered):
   assert "1 min 1 s" in text
 
 
+def test_tiles_say_whose_number_they_show(example):
+  """The first is what counts in full precision, which is the best attacker's where there is one."""
+  plain, best = (example.leakage(attacker=who) for who in ("full_precision", "best"))
+  for found, words in (([plain], "full-precision shadows"), ([plain, best], "best attacker")):
+    [tile] = page._tiles(found, "lira_online", None, 0.01)
+    assert tile["attacker"] == words
+
+
 def test_the_page_needs_nothing_else(rendered):
   assert "http" not in rendered
   assert "@import" not in rendered

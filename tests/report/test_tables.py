@@ -229,6 +229,17 @@ def test_attacks_list_every_attack_and_part_of_the_members(example):
   assert len(tables.attacks(found[:2]).columns) == len(table.columns) - 1
 
 
+def test_the_best_attacker_names_the_attacks_that_were_chosen(example):
+  """Not the main attack, under whose name its record stands."""
+  served = [("matched", "rmia_online", 9), ("combined", "lira_online", 4),
+            ("full_precision", "rmia_online", 3)]  # fmt: skip
+  chosen = [dict(zip(("attacker", "attack", "targets"), each, strict=True)) for each in served]
+  found = [example.leakage("obc", 3, 3, "best", chosen=some) for some in (chosen, chosen[:1])]
+  table = tables.attacks(found)
+  texts = [cell(table, i, "attack").text for i in (0, 1)]
+  assert texts == ["RMIA online (12), LiRA online (4)", "RMIA online"]
+
+
 def test_precision_groups_priors_by_fpr(example):
   precision = [
     example.rate(value, prior=prior, fpr=fpr)
