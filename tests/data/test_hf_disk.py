@@ -55,6 +55,8 @@ def saved(tmp_path_factory):
   both = datasets.DatasetDict(train=split(images[:6]), validation=split(images[6:]))
   both.save_to_disk(path)
   both["train"].save_to_disk(path.with_name("one"))
+  odd = datasets.DatasetDict(train=both["train"], test=both["train"].remove_columns("ids"))
+  odd.save_to_disk(path.with_name("odd"))
   return path, images
 
 
@@ -93,6 +95,7 @@ def test_lists_of_numbers_are_vectors_or_tokens(saved, column, kind, last):
     ("set", ("ragged", "fine"), "'ragged' of train has lists of 6 lengths; cut or fill"),
     ("set", ("ids", "numbers"), "'numbers' of train are float64; pass integers"),
     ("one", None, "has the splits .'a single one, unnamed'.; it needs 'train' and"),
+    ("odd", None, "the splits of .* have different columns; save them alike"),
     ("", None, "is no folder that DatasetDict.save_to_disk wrote, or is damaged"),
   ],
 )
