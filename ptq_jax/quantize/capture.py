@@ -69,22 +69,30 @@ def calls(
 
   options = {"interceptor": units.observer(sow), "mutable": [COLLECTION]}
   _, sown = units.run(model, variables, images, unit, **options)
-  found = {}
+  found, hidden = {}, []
   for layer in layers:
     node = sown.get(COLLECTION, {})
     for name in trees.names(layer.path):
       node = node.get(name, {})
-    seen = node.get("call", ())
-    if len(seen) != len(layer.geometries):
-      raise ValueError(
-        f"layer {layer.path!r} shows {len(seen)} of its {len(layer.geometries)} calls; inside a "
-        f"transform such as WeightNorm it cannot be quantized. {KEEP.format(layer.path)}"
-      )
-    found[layer.path] = tuple(Call(*one) for one in seen)
+    found[layer.path] = tuple(Call(*one) for one in node.get("call", ()))
+    if len(found[layer.path]) != len(layer.geometries):
+      hidden.append(layer)
+  if hidden:
+    first, *more = hidden
+    others = f" (and {len(more)} more layers)" if more else ""
+    raise ValueError(
+      f"layer {first.path!r} shows {len(found[first.path])} of its {len(first.geometries)} calls"
+      f"{others}; inside a transform such as WeightNorm or RNN it cannot be quantized. "
+      f"{_to_keep(hidden)}"
+    )
   return found
 
 
-KEEP = 'To keep it in full precision give levels={{"{}": None, "*": ...}}.'
+def _to_keep(layers: Sequence[Layer]) -> str:
+  """How to leave layers as they are."""
+  names = "".join(f'"{layer.path}": None, ' for layer in layers)
+  what = "it" if len(layers) == 1 else "them"
+  return f'To keep {what} in full precision give levels={{{names}"*": ...}}.'
 
 
 def stream(
@@ -354,14 +362,15 @@ def _check_applied(model, variables, image, layers) -> None:
     image = image + jnp.asarray(rng.normal(0, spread, image.shape), image.dtype)
   with jax.default_matmul_precision("highest"):
     found = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
-  for layer in layers:
-    mismatch, tolerance = found[layer.path]
-    if not mismatch <= tolerance:
-      raise ValueError(
-        f"layer {layer.path!r} does not give its inputs times its kernel plus its bias; they are "
-        f"off by {mismatch:.1e} of the size of the products. A kernel that is changed before it is "
-        f"applied cannot be quantized. {KEEP.format(layer.path)}"
-      )
+  wrong = [layer for layer in layers if not found[layer.path][0] <= found[layer.path][1]]
+  if wrong:
+    first, *more = wrong
+    others = f" (and {len(more)} more layers)" if more else ""
+    raise ValueError(
+      f"layer {first.path!r}{others} does not give its inputs times its kernel plus its bias; they "
+      f"are off by {found[first.path][0]:.1e} of the size of the products. A kernel that is changed"
+      f" before it is applied cannot be quantized. {_to_keep(wrong)}"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

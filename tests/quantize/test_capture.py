@@ -160,3 +160,17 @@ def test_check_refuses(foreign, change, message):
   variables, images = change(foreign.variables, foreign.images)
   with pytest.raises(ValueError, match=message):
     capture.check(foreign.model, variables, images)
+
+
+def test_all_layers_that_cannot_be_captured_are_named_at_once():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, inputs):
+      hidden = nn.WeightNorm(nn.Dense(4, name="one"))(inputs)
+      return nn.WeightNorm(nn.Dense(3, name="two"))(hidden)
+
+  model, inputs = Model(), jnp.ones((2, 5))
+  variables = model.init(jax.random.key(0), inputs)
+  layers = units.layers(model, variables, inputs)
+  with pytest.raises(ValueError, match=r'1 more layers.*levels={"one": None, "two": None, "\*"'):
+    capture.calls(model, variables, inputs, layers)
