@@ -80,7 +80,8 @@ def test_images_and_labels_are_found_by_type(saved, tmp_path):
 def test_lists_of_numbers_are_vectors_or_tokens(saved, column, kind, last):
   found = load.load("hf_disk", path=saved[0], columns=(column, "plain"))
   assert found.kind == kind
-  assert ["rounded to float32" in note for note in found.notes] == [True] * 2 * (kind == "vectors")
+  said = "rounded to float32" if kind == "vectors" else "taken for token ids"
+  assert [said in note for note in found.notes] == [True, True]
   np.testing.assert_array_equal(found.train_images[-1], last)
   assert found.class_names == ("0", "1")
   with pytest.raises(ValueError, match=f"image_size is 4, but these are {kind}"):
