@@ -59,6 +59,26 @@ def too_few_non_members(num_non_members: int, fprs: Sequence[float]) -> str | No
   )
 
 
+def copies(pool_pairs: int, pool_size: int, fprs: Sequence[float]) -> str | None:
+  """A sentence if exact copies within the pool may decide the lowest false-positive rate.
+
+  With a chance of a half one of a pair is a member and the other is not: the same to every attack.
+
+  Args:
+    pool_pairs: pairs of copies in the pool.
+    pool_size: examples in the pool, half of which are members.
+    fprs: the rates that are reported.
+  """
+  share = pool_pairs / pool_size  # (pairs / 2) of (pool / 2) non-members
+  if 10 * share < min(fprs) or not pool_pairs:
+    return None
+  return (
+    f"the pool holds {pool_pairs} pairs of exact copies, so about {share:.2%} of the non-members"
+    " have a copy among the members and look like them: what is found at false-positive rates near"
+    " or below that is too little; drop the copies from the data."
+  )
+
+
 def few_false_positives(false_positives: int, *, fpr: float, needed: int = 10) -> str | None:
   """A threshold that rests on a handful of non-members moves with each of them."""
   if false_positives >= needed:

@@ -66,10 +66,12 @@ def attack(audit: Audit, *, command: str = "") -> None:
     found.append(records.make("training", **training.curves(audit)))
   except ValueError as error:
     audit.say(str(error))
-  path = audit.root / "results.jsonl"
-  storage.write_records(
-    path, [run_record(audit, inputs, command), *found, *warnings(audit, found, omitted)]
+  data, path = audit.dataset, audit.root / "results.jsonl"
+  copies = duplicates.count(
+    data.train_images, data.train_labels, data.test_images, data.test_labels
   )
+  cautions = warnings(audit, found, omitted, copies)
+  storage.write_records(path, [run_record(audit, inputs, command, copies), *found, *cautions])
   storage.save_arrays(audit.root / "membership.npz", **audit.members)
   names = ("results.jsonl", "exposure.csv", "membership.npz")
   audit.manifest.record("attack", inputs, [audit.root / name for name in names])
@@ -530,7 +532,9 @@ def unit_records(audit: Audit, variant: Variant) -> list[dict]:
   ]
 
 
-def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
+def warnings(
+  audit: Audit, found: list[dict], omitted: list[str], copies: duplicates.Duplicates
+) -> list[dict]:
   """What a reader must know before trusting the numbers; `omitted` says what is left out where."""
   sentences = {
     group: left_out(np.flatnonzero(~sound), group)
@@ -547,8 +551,13 @@ def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
   sentences["member accuracy"] = uncounted(leaks)
   fewest = min(record["num_non_members"] for record in leaks)
   sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
-  for method in dict.fromkeys(record["method"] for record in records.select(found, "unit")):
-    rows = records.select(found, "unit", method=method)
+  pool = len(audit.dataset.train_labels)
+  sentences["copies"] = guards.copies(copies.pool_pairs, pool, audit.config.attack.fprs)
+  # In an embedding nearest rounding is best already: every row is read alone.
+  tables = {layer.path for layer in audit.layers if layer.kind == "embed"}
+  units = [record for record in records.select(found, "unit") if record["unit"] not in tables]
+  for method in dict.fromkeys(record["method"] for record in units):
+    rows = records.select(units, "unit", method=method)
     idle = [record for record in rows if record["error_after"] >= record["error_nearest"] > 0]
     if method != "nearest" and idle:
       names = ", ".join(f"{r['unit']} at {r['levels']} levels" for r in idle[:3])
@@ -631,10 +640,9 @@ def left_out(models, group: str) -> str:
   )
 
 
-def run_record(audit: Audit, inputs: str, command: str) -> dict:
+def run_record(audit: Audit, inputs: str, command: str, copies: duplicates.Duplicates) -> dict:
   """What ran, where, with what."""
   data, config = audit.dataset, audit.config
-  count = duplicates.count(data.train_images, data.train_labels, data.test_images, data.test_labels)
   init = functools.partial(call.init, audit.model)
   parameters = jax.eval_shape(init, jax.random.key(0), data.fed(1))["params"]
   targets = config.train.targets
@@ -653,7 +661,7 @@ def run_record(audit: Audit, inputs: str, command: str) -> dict:
       "inputs": data.kind,
       "image_shape": data.image_shape,
       "notes": data.notes,
-      "duplicates": count._asdict(),
+      "duplicates": copies._asdict(),
       "fingerprint": data.fingerprint,
     },
     model={

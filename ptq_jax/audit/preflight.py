@@ -254,8 +254,8 @@ def check(audit: Audit) -> None:
       units=quantize.brecq.get("units") if "brecq" in quantize.methods else None,
       strict=any(section.get("strict") for section in methods),
     )
-    for kept in survey.kept:
-      audit.say(str(kept))
+    if survey.kept:
+      audit.say(capture.in_full_precision(survey.kept))
     for section in methods:
       options = settings.named(section.get("grid_options", settings.Config()))
       capture.check_groups(audit.layers, plans, options)

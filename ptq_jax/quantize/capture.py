@@ -22,7 +22,7 @@ from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, PyTree, Shaped, Variables
 from ptq_jax.models import conv, parallel, units
 from ptq_jax.models.call import Hashable
-from ptq_jax.models.units import Layer, Survey, Unit
+from ptq_jax.models.units import Kept, Layer, Survey, Unit
 from ptq_jax.quantize import grid, plan
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Plan
@@ -348,10 +348,18 @@ def _report_kept(kept, strict) -> None:
   """Warns of weights that stay in full precision, or refuses them."""
   if not kept:
     return
-  each = "; ".join(f"{k.path!r} {list(k.shape)}, {k.reason}" for k in kept)
   if strict:
-    raise ValueError(f"with strict=True all weights must be quantized, but not {each}.")
-  warnings.warn(f"these weights stay in full precision: {each}.", stacklevel=4)
+    raise ValueError(f"with strict=True all weights must be quantized, but not {_listed(kept)}.")
+  warnings.warn(in_full_precision(kept), stacklevel=4)
+
+
+def in_full_precision(kept: Sequence[Kept]) -> str:
+  """A sentence on the weights that are not quantized, and why."""
+  return f"these weights stay in full precision: {_listed(kept)}."
+
+
+def _listed(kept):
+  return "; ".join(f"{k.path!r} {list(k.shape)}, {k.reason}" for k in kept)
 
 
 def _check_applied(model, variables, image, layers) -> None:

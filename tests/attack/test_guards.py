@@ -38,3 +38,12 @@ def test_auditable_examples():
   np.testing.assert_array_equal(guards.auditable(members), [False, True, False])
   np.testing.assert_array_equal(guards.auditable(members, needed=1), [True, True, True])
   assert not guards.auditable(members, left_out=1).any()
+
+
+def test_copies_in_the_pool_are_told_where_they_may_decide():
+  """CIFAR-100 has 14 pairs among 50 000: .03 % of the non-members."""
+  assert guards.copies(14, 50_000, [0.01]) is None
+  assert guards.copies(0, 50_000, [1e-5]) is None
+  message = guards.copies(14, 50_000, [0.01, 0.001])
+  assert "14 pairs of exact copies" in message
+  assert "0.03% of the non-members" in message

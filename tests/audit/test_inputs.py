@@ -67,6 +67,7 @@ def test_an_audit_of_vectors(tmp_path):
   [run] = records.select(result.records, "run")
   assert (run["data"]["inputs"], run["data"]["image_shape"]) == ("vectors", [12])
   assert run["data"]["duplicates"]["pool_pairs"] == 1
+  assert records.select(result.records, "warning", about="copies")
   with open(tmp_path / "exposure.csv") as file:
     assert sorted(int(row["example"]) for row in csv.DictReader(file)) == list(range(80))
 

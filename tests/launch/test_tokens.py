@@ -36,6 +36,8 @@ def test_an_audit_of_tokens(tmp_path):
   assert leaks[0]["auc"]["low"] > 0.5
   units = records.select(found, "unit", method="brecq")
   assert [unit["unit"] for unit in units] == ["stem", "blocks_0", "head", "stem/position"]
+  told = [caution["message"] for caution in records.select(found, "warning")]
+  assert not any("stem/tokens" in message for message in told)  # to the nearest is best there
 
   network = audit.load_quantized(tmp_path / "mine", "obc-4-4", number=2)
   assert network.model.vocabulary == 13
