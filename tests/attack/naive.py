@@ -1,7 +1,12 @@
 """The attacks as plain loops over examples and views, from the formulas."""
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
+
+
+def log_density(x, center, deviation):
+  """Of a normal distribution; `scipy.stats.norm` takes a hundred times as long for a number."""
+  return -(((x - center) / deviation) ** 2) / 2 - np.log(deviation * np.sqrt(2 * np.pi))
 
 
 def lira(shadow_scores, shadow_members, target_scores, variant):
@@ -54,14 +59,16 @@ def lira(shadow_scores, shadow_members, target_scores, variant):
       if variance == "reference" and side == "online":
         spread[1] = spread[0]
       centers = [middle(group(inside, e, v)) for inside in (True, False)]
-      outside = stats.norm(centers[1], spread[1] + 1e-30)
+      inside, outside = (
+        log_density(target_scores[e, v], center, deviation + 1e-30)
+        for center, deviation in zip(centers, spread, strict=True)
+      )
       if side == "online":
-        inside = stats.norm(centers[0], spread[0] + 1e-30)
-        scores[e, v] = inside.logpdf(target_scores[e, v]) - outside.logpdf(target_scores[e, v])
+        scores[e, v] = inside - outside
       elif tail == "density":
-        scores[e, v] = -outside.logpdf(target_scores[e, v])
+        scores[e, v] = -outside
       else:
-        scores[e, v] = -outside.logsf(target_scores[e, v])
+        scores[e, v] = -special.log_ndtr((centers[1] - target_scores[e, v]) / (spread[1] + 1e-30))
   return scores.mean(axis=1)
 
 

@@ -76,7 +76,7 @@ def test_what_was_made_from_results_is_watched(copied, name):
   assert any(name in sentence and "anew" in sentence for sentence in run(copied))
 
 
-def test_nothing_is_written_when_nothing_is_to_be_done(finished, copied):
+def test_nothing_is_written_when_nothing_is_to_be_done(copied):
   run(copied)
   before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if "lock" not in str(path)}
   assert run(copied) == []

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from ptq_jax import audit
+from tests.audit.conftest import tiny_config
 from tests.launch import test_pipeline as pipeline
 
 TWO_CHUNKS = (
@@ -17,9 +19,10 @@ TWO_CHUNKS = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+  """What one process makes of the same settings."""
   workdir = tmp_path_factory.mktemp("finished")
-  done = pipeline.launch("audit", workdir, *TWO_CHUNKS)
-  assert done.returncode == 0, done.stderr
+  changes = {"quantize__methods": ("nearest",), "report__figures": False}
+  audit.run(tiny_config(train__models_per_chunk=4, **changes), workdir=workdir)
   return workdir
 
 
@@ -47,34 +50,32 @@ def wait_for(found, process):
 
 
 def test_shards_give_what_one_process_gives(finished, tmp_path):
-  """Four processes have two chunks: two of them have nothing to do, and end."""
-  processes = [start(tmp_path, f"--shard={number}/4") for number in range(4)]
+  """Three processes have two chunks: one of them has nothing to do, and ends."""
+  processes = [start(tmp_path, f"--shard={number}/3") for number in range(3)]
   ended = [ends(process) for process in processes]
-  assert [code for code, _, _ in ended] == [0] * 4, ended
+  assert [code for code, _, _ in ended] == [0] * 3, ended
   assert sum("index.html shows more" in output for _, output, _ in ended) >= 1
   pipeline.assert_same(finished, tmp_path)
 
 
-@pytest.mark.parametrize(("victim", "stage"), [(0, "train"), (1, "quantize")])
-def test_one_dies_the_other_goes_on_and_a_restart_ends_it(finished, tmp_path, victim, stage):
-  processes = [start(tmp_path, f"--shard={number}/2") for number in range(2)]
-  chunk = ("shadows-00000-00004", "shadows-00004-00008")[victim]
+def test_some_die_the_other_goes_on_and_a_restart_ends_it(finished, tmp_path):
+  """One is asked to end while it trains, one is killed while it quantizes."""
   begun = {
-    "train": tmp_path / "models" / "locks" / chunk,
-    "quantize": tmp_path / "scores" / "full_precision" / f"{chunk}.npz",
-  }[stage]
-  wait_for(begun.exists, processes[victim])
-  processes[victim].send_signal(signal.SIGKILL if victim else signal.SIGTERM)
-  code, _, errors = ends(processes[victim])
-  if victim:
-    assert code == -signal.SIGKILL
-  else:
-    assert code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; the same command goes on" in errors
-  code, output, errors = ends(processes[1 - victim])
+    0: tmp_path / "models" / "locks" / "shadows-00000-00004",
+    1: tmp_path / "scores" / "full_precision" / "shadows-00004-00008.npz",
+  }
+  processes = [start(tmp_path, f"--shard={number}/3") for number in range(3)]
+  for victim, number in ((0, signal.SIGTERM), (1, signal.SIGKILL)):
+    wait_for(begun[victim].exists, processes[victim])
+    processes[victim].send_signal(number)
+  code, _, errors = ends(processes[0])
+  assert code == 128 + signal.SIGTERM
+  assert "stopped by SIGTERM; the same command goes on" in errors
+  assert ends(processes[1])[0] == -signal.SIGKILL
+  code, output, errors = ends(processes[2])
   assert code == 0, errors
   assert "others are at the rest" in output
-  code, output, errors = ends(start(tmp_path, f"--shard={victim}/2"))
+  code, output, errors = ends(start(tmp_path))
   assert code == 0, errors
   assert "index.html shows more" in output
   pipeline.assert_same(finished, tmp_path)

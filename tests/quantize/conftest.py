@@ -1,4 +1,4 @@
-"""A small foreign model, and convnets trained on real digits for a second."""
+"""Small models with random weights, and convnets trained on real digits for a second."""
 
 import functools
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from ptq_jax import trees
 from ptq_jax.models import convnet
+from tests import fresh
 
 
 class Foreign(nn.Module):
@@ -63,6 +64,17 @@ def foreign() -> Ensemble:
 
 
 @pytest.fixture(scope="session")
+def untrained() -> Ensemble:
+  """Two convnets of the zoo with random weights, and smooth images."""
+  smooth = np.random.default_rng(0).normal(size=(2, 24, 8, 8, 1)).cumsum(axis=2).cumsum(axis=3)
+  images = jnp.asarray(smooth / smooth.std(), jnp.float32)
+  model = convnet.ConvNet(num_classes=10, width=8)
+  variables = fresh.stacked(model, images[0], num_models=2)
+  keys = jax.random.split(jax.random.key(0), 2)
+  return Ensemble(model, variables, images, images[0], np.zeros(24, int), keys)
+
+
+@pytest.fixture(scope="session")
 def digits() -> Ensemble:
   """Two convnets trained on different halves of scikit-learn's digits."""
   data = load_digits()
@@ -82,7 +94,7 @@ def digits() -> Ensemble:
   )
 
 
-def _train(model, images, labels, seed, *, epochs=15, batch_size=50):
+def _train(model, images, labels, seed, *, epochs=10, batch_size=50):
   """Variables after SGD with momentum and a cosine schedule."""
   variables = jax.jit(model.init)(jax.random.key(seed), images[:1])
   num_steps = epochs * len(images) // batch_size
@@ -98,7 +110,10 @@ def _train(model, images, labels, seed, *, epochs=15, batch_size=50):
   return {"params": params, "batch_stats": statistics}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+OPTIMISED = {"xla_backend_optimization_level": 2}  # runs 280 times: longer than compiling it
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=OPTIMISED)
 def _step(model, num_steps, params, statistics, state, images, labels):
   optimizer = optax.sgd(optax.cosine_decay_schedule(0.1, num_steps), momentum=0.9)
 

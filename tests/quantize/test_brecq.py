@@ -163,10 +163,10 @@ def test_the_head_is_rounded_better_than_by_mini_batches(residual):
   assert errors["auto"][-1] < errors["mini_batch"][-1]
 
 
-def test_unknown_form(digits):
+def test_unknown_form(untrained):
   with pytest.raises(ValueError, match='form must be "auto" or "mini_batch", got \'x\''):
     brecq.quantize_stacked(
-      digits.keys, digits.model, digits.variables, digits.images, plans=[], form="x"
+      untrained.keys, untrained.model, untrained.variables, untrained.images, plans=[], form="x"
     )
 
 
@@ -180,8 +180,8 @@ def test_how_units_run():
   assert brecq._execution(block, "gpu") == ("native", brecq.BRANCHES_AT_ONCE, 50)
 
 
-def test_unknown_loss(digits):
+def test_unknown_loss(untrained):
   with pytest.raises(ValueError, match='loss must be "mse" or "fisher", got \'l1\''):
     brecq.quantize_stacked(
-      digits.keys, digits.model, digits.variables, digits.images, plans=[], loss="l1"
+      untrained.keys, untrained.model, untrained.variables, untrained.images, plans=[], loss="l1"
     )

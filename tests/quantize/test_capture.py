@@ -48,8 +48,8 @@ def test_padding_before_and_after_may_differ():
   np.testing.assert_array_equal(rows, expected)
 
 
-def test_a_unit_alone_captures_what_the_whole_model_does(digits):
-  model, variables, images, _ = parts(digits)
+def test_a_unit_alone_captures_what_the_whole_model_does(untrained):
+  model, variables, images, _ = parts(untrained)
   x = images[:8]
   for unit in units.chain(model, variables, images):
     alone = capture.calls(model, variables, x, unit.layers, unit=unit)
@@ -71,8 +71,8 @@ def test_vmap_over_models_is_the_loop(foreign):
     np.testing.assert_allclose(stacked[m], one, rtol=1e-4, atol=1e-5)
 
 
-def test_an_early_layer_costs_no_whole_forward_pass(digits):
-  model, variables, images, layers = parts(digits)
+def test_an_early_layer_costs_no_whole_forward_pass(untrained):
+  model, variables, images, layers = parts(untrained)
 
   def flops(layer):
     run = jax.jit(lambda v, x: capture.calls(model, v, x, [layer])[layer.path][0].inputs)

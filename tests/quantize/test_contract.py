@@ -15,11 +15,7 @@ QUICK = {
   "brecq": {"schedule": brecq.SCHEDULE._replace(num_steps=20, batch_size=16)},
   "obc": {"batchnorm": "none"},
 }
-LEVELS = (3, 16)
-
-
-def calibration(ensemble):
-  return ensemble.images[:, :32]
+LEVELS = (3, 4, 16)
 
 
 def layers_of(ensemble):
@@ -33,7 +29,7 @@ def stacked(name, ensemble, variables=None, images=None, keys=None, plans=None):
     ensemble.keys if keys is None else keys,
     ensemble.model,
     ensemble.variables if variables is None else variables,
-    calibration(ensemble) if images is None else images,
+    ensemble.images if images is None else images,
     plans=plans,
     **QUICK[name],
   )
@@ -65,14 +61,14 @@ def assert_same_tree(quantized, variables, leading):
 
 def test_same_tree_and_at_most_levels_values_per_channel(result, digits):
   quantized, info = result
-  assert_same_tree(quantized, digits.variables, 2)
+  assert_same_tree(quantized, digits.variables, 3)
   for layer in layers_of(digits):
     kernels = trees.get(quantized, layer.kernel)
-    for (p, m), levels in zip(np.ndindex(2, 2), (3, 3, 16, 16), strict=True):
-      assert 1 < num_values(kernels[p, m]) <= levels
+    for p, m in np.ndindex(3, 2):
+      assert 1 < num_values(kernels[p, m]) <= LEVELS[p]
   for record in info:
     for field in record[1:5]:
-      assert np.shape(field) == (2, 2)
+      assert np.shape(field) == (3, 2)
     assert (record.error_after <= record.error_before).all()
 
 
@@ -83,7 +79,7 @@ def test_weights_lie_on_the_recorded_grids(result):
     for path, grids in record.grids.items():
       covered.add(path)
       kernels = trees.get(quantized, f"params/{path}/kernel")
-      for p, m in np.ndindex(2, 2):
+      for p, m in np.ndindex(3, 2):
         fitted = jax.tree.map(lambda leaf, at=(p, m): jnp.asarray(leaf[at]), grids)
         assert int(fitted.levels) == LEVELS[p]
         np.testing.assert_array_equal(grid.nearest(kernels[p, m], fitted), kernels[p, m])
@@ -96,7 +92,7 @@ def test_deterministic(result, name, digits):
 
 
 def test_one_model_alone_gives_the_same(result, name, digits):
-  variables, images = trees.take((digits.variables, calibration(digits)), 1)
+  variables, images = trees.take((digits.variables, digits.images), 1)
   alone, info = METHODS[name].quantize_params(
     digits.keys[1], digits.model, variables, images, levels=3, **QUICK[name]
   )
@@ -124,7 +120,7 @@ def test_last_layer_has_its_own_levels(name, digits):
 @pytest.mark.parametrize("name", ["brecq", "obc"])
 def test_models_of_others(name, foreign):
   quantized, info = stacked(name, foreign)
-  assert_same_tree(quantized, foreign.variables, 2)
+  assert_same_tree(quantized, foreign.variables, 3)
   paths = {path for record in info for path in record.grids}
   assert paths == {"down", "grouped", "pointwise", "classifier"}
   if name != "brecq":  # its records are those of units, here the whole model
@@ -141,9 +137,9 @@ def test_dead_inputs_and_constant_channels_are_safe(name, digits):
   kernel = trees.get(digits.variables, path).at[..., 0].set(0.0).at[..., 1].set(0.25)
   stem = trees.get(digits.variables, "params/stem/bn/scale").at[:, :3].set(0.0)
   variables = trees.replace(digits.variables, {path: kernel, "params/stem/bn/scale": stem})
-  images = jnp.broadcast_to(calibration(digits)[:, :1], calibration(digits).shape)
+  images = jnp.broadcast_to(digits.images[:, :1], digits.images.shape)
   quantized, info = stacked(name, digits, variables=variables, images=images)
-  assert_same_tree(quantized, variables, 2)
+  assert_same_tree(quantized, variables, 3)
   np.testing.assert_array_equal(trees.get(quantized, path)[..., 0], 0)
   assert all((record.error_after <= record.error_before).all() for record in info)
 
@@ -169,7 +165,7 @@ def test_bad_input(name, digits, change, message):
 
 @pytest.mark.parametrize("levels", [1, 257])
 def test_levels_out_of_range(name, digits, levels):
-  variables, images = trees.take((digits.variables, calibration(digits)), 0)
+  variables, images = trees.take((digits.variables, digits.images), 0)
   with pytest.raises(ValueError, match="levels must be a whole number from 2 to 256"):
     METHODS[name].quantize_params(digits.keys[0], digits.model, variables, images, levels=levels)
 
@@ -177,7 +173,7 @@ def test_levels_out_of_range(name, digits, levels):
 @pytest.fixture(scope="module")
 def defaults(digits):
   """Every method as it comes, at 3, 4 and 16 levels, all layers."""
-  plans = [plan.make(layers_of(digits), levels=levels) for levels in (3, 4, 16)]
+  plans = [plan.make(layers_of(digits), levels=levels) for levels in LEVELS]
   return {
     name: method.quantize_stacked(
       digits.keys, digits.model, digits.variables, digits.images, plans=plans

@@ -1,5 +1,6 @@
 """The walk through a network: shared plans, chunks, memory, and the shape of results."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +9,31 @@ import pytest
 from ptq_jax import trees
 from ptq_jax.models import units
 from ptq_jax.quantize import adaround, grid, plan, walk
+from tests import fresh
 
 QUICK = {"second_moment": adaround.SECOND_MOMENT._replace(num_steps=25), "sweeps": 1}
 
 
+class Three(nn.Module):
+  """As many layers as have a first, a last and one between."""
+
+  @nn.compact
+  def __call__(self, images, train: bool = False):
+    x = nn.relu(nn.Conv(6, (3, 3), strides=2, name="stem")(images)).mean(axis=1)
+    x = nn.relu(nn.Dense(8, name="middle")(x)).mean(axis=1)
+    return nn.Dense(5, name="head")(x)
+
+
 @pytest.fixture(scope="module")
-def plans(digits):
-  layers = units.layers(digits.model, *trees.take((digits.variables, digits.images), 0))
+def pair(untrained):
+  """Two such models."""
+  variables = fresh.stacked(Three(), untrained.images[0], num_models=2)
+  return untrained._replace(model=Three(), variables=variables)
+
+
+@pytest.fixture(scope="module")
+def plans(pair):
+  layers = units.layers(pair.model, *trees.take((pair.variables, pair.images), 0))
   return [
     plan.make(layers, levels=3),
     plan.make(layers, levels=3, last_layer_levels="full"),
@@ -27,7 +46,7 @@ def adarounded(ensemble, plans, **options):
     ensemble.keys,
     ensemble.model,
     ensemble.variables,
-    ensemble.images[:, :64],
+    ensemble.images,
     plans=plans,
     **QUICK,
     **options,
@@ -35,16 +54,16 @@ def adarounded(ensemble, plans, **options):
 
 
 @pytest.fixture(scope="module")
-def everything(digits, plans):
-  return adarounded(digits, plans)
+def everything(pair, plans):
+  return adarounded(pair, plans)
 
 
 def assert_equal(first, second):
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_results_do_not_depend_on_chunks(digits, plans, everything):
-  variables, info = adarounded(digits, plans, memory_bytes=1)
+def test_results_do_not_depend_on_chunks(pair, plans, everything):
+  variables, info = adarounded(pair, plans, memory_bytes=1)
   assert_equal(variables, everything[0])
   for record, expected in zip(info, everything[1], strict=True):
     assert_equal((record.steps, record.grids), (expected.steps, expected.grids))
@@ -52,18 +71,18 @@ def test_results_do_not_depend_on_chunks(digits, plans, everything):
       np.testing.assert_allclose(getattr(record, field), getattr(expected, field), rtol=1e-5)
 
 
-def test_plans_and_models_do_not_see_each_other(digits, plans, everything):
-  one = digits._replace(
-    keys=digits.keys[1:],
-    variables=trees.take(digits.variables, slice(1, 2)),
-    images=digits.images[1:],
+def test_plans_and_models_do_not_see_each_other(pair, plans, everything):
+  one = pair._replace(
+    keys=pair.keys[1:],
+    variables=trees.take(pair.variables, slice(1, 2)),
+    images=pair.images[1:],
   )
   variables, info = adarounded(one, plans[2:])
   assert_equal(variables, jax.tree.map(lambda leaf: leaf[2:, 1:], everything[0]))
   np.testing.assert_allclose(info[1].error_after, everything[1][1].error_after[2:, 1:], rtol=1e-5)
 
 
-def test_plans_that_agree_share_the_work(digits, plans, monkeypatch):
+def test_plans_that_agree_share_the_work(pair, plans, monkeypatch):
   seen = []
   solve = adaround._solve
 
@@ -72,18 +91,18 @@ def test_plans_that_agree_share_the_work(digits, plans, monkeypatch):
     return solve(layer, schedule, stop, sweeps, kernels, *rest)
 
   monkeypatch.setattr(adaround, "_solve", spy)
-  adarounded(digits, plans)
-  assert seen == [2, 4, 4, 4]  # stem only at 3 levels; the head under one of two plans there
+  adarounded(pair, plans)
+  assert seen == [2, 4, 4]  # stem only at 3 levels; the head under one of two plans there
 
 
-def test_full_precision_stays_and_records_say_so(digits, everything):
+def test_full_precision_stays_and_records_say_so(pair, everything):
   variables, info = everything
-  kernel = trees.get(variables, "params/stem/conv/kernel")
-  original = trees.get(digits.variables, "params/stem/conv/kernel")
+  kernel = trees.get(variables, "params/stem/kernel")
+  original = trees.get(pair.variables, "params/stem/kernel")
   np.testing.assert_array_equal(kernel[2], original)
   assert not np.array_equal(kernel[0], original)
-  assert info[0].grids["stem/conv"].levels.tolist() == [[3, 3], [3, 3], [0, 0]]
-  assert info[3].grids["head/classifier"].levels.tolist() == [[3, 3], [0, 0], [16, 16]]
+  assert info[0].grids["stem"].levels.tolist() == [[3, 3], [3, 3], [0, 0]]
+  assert info[2].grids["head"].levels.tolist() == [[3, 3], [0, 0], [16, 16]]
   np.testing.assert_array_equal(info[0].error_before[2], 0)
   np.testing.assert_array_equal(info[0].steps[2], 0)
   assert all(record.seconds.shape == (3, 2) for record in info)
@@ -100,7 +119,7 @@ def test_grids_of_the_records_hold_the_weights(everything):
           np.testing.assert_array_equal(grid.nearest(kernels[p, m], fitted), kernels[p, m])
 
 
-def test_out_of_memory_halves_the_chunk_and_goes_on(digits, plans, everything, monkeypatch):
+def test_out_of_memory_halves_the_chunk_and_goes_on(pair, plans, everything, monkeypatch):
   solve = adaround._by_moments
   sizes = []
 
@@ -112,11 +131,11 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(digits, plans, everything, m
 
   monkeypatch.setattr(adaround, "_by_moments", limited)
   with pytest.warns(UserWarning, match="out of memory with 6 pairs .* going on with 3"):
-    variables, _ = adarounded(digits, plans)
+    variables, _ = adarounded(pair, plans)
   assert_equal(variables, everything[0])
 
 
-def test_other_errors_and_single_pairs_are_not_retried(digits, plans, monkeypatch):
+def test_other_errors_and_single_pairs_are_not_retried(pair, plans, monkeypatch):
   def broken(*args, **options):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -125,7 +144,7 @@ def test_other_errors_and_single_pairs_are_not_retried(digits, plans, monkeypatc
     pytest.raises(jax.errors.JaxRuntimeError),
     pytest.warns(UserWarning, match="going on with 1"),
   ):
-    adarounded(digits, plans[:1])
+    adarounded(pair, plans[:1])
 
 
 def test_stack_and_rows():
