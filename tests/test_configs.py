@@ -188,33 +188,28 @@ SMALL = {
 }
 
 
-def launch(folder, workdir):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.audit", "--config=configs/cifar10.py:protocol=smoke"]
-    + [f"--config.{key}={value}" for key, value in SMALL.items()]
-    + [f"--config.data.data_dir={folder}", f"--workdir={workdir}"],
+def test_the_smoke_protocol_opens_cifar10_as_tensorflow_datasets_prepares_it(cifar10, tmp_path):
+  config = sweep.with_values(load("cifar10", "smoke"), SMALL | {"data.data_dir": str(cifar10)})
+  opened = preflight.open_audit(config, tmp_path)
+  assert (opened.dataset.name, opened.dataset.image_shape) == ("cifar10", (8, 8, 3))
+  assert len(opened.dataset.train_labels) == 60
+  assert len(opened.members["shadows"]) == 6
+  assert [tuple(variant) for variant in opened.variants()] == [
+    ("nearest", 3, 256),
+    ("nearest", 16, 16),
+  ]
+
+
+def test_an_unprepared_set_is_one_sentence_and_code_2(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "launch.audit", "--config=configs/cifar10.py:protocol=smoke"),
+      *(f"--config.data.data_dir={tmp_path}", f"--workdir={tmp_path}/audit"),
+    ],
     cwd=ROOT,
     capture_output=True,
     text=True,
   )
-
-
-def test_an_audit_of_cifar10_as_tensorflow_datasets_prepares_it(cifar10, tmp_path):
-  done = launch(cifar10, tmp_path)
-  assert done.returncode == 0, done.stderr
-  assert "60 images of cifar10 in the pool, 6 models (convnet)" in done.stdout
-  found = storage.read_records(tmp_path / "results.jsonl")
-  records.validate_all(found)
-  assert set(map(records.variant, records.select(found, "leakage"))) == {
-    ("none", None, None),
-    ("nearest", 3, 256),
-    ("nearest", 16, 16),
-  }
-  assert found[0]["data"]["image_shape"] == [8, 8, 3]
-
-
-def test_an_unprepared_set_is_one_sentence_and_code_2(tmp_path):
-  done = launch(tmp_path, tmp_path / "audit")
   assert done.returncode == flags.USER_ERROR
   assert done.stderr.startswith("error: the dataset 'cifar10' is not prepared in")
   assert "download_and_prepare" in done.stderr
@@ -243,7 +238,10 @@ def test_the_paper_s_protocol_runs(cifar10, tmp_path):
   calibration = storage.load_arrays(next(tmp_path.glob("scores/obc-3-256/targets-*.npz")))
   assert calibration["calibration"].shape == (2, 8)
   assert np.take_along_axis(members, calibration["calibration"], axis=1).all()
-  found = records.select(storage.read_records(tmp_path / "results.jsonl"), "leakage")
+  found = storage.read_records(tmp_path / "results.jsonl")
+  records.validate_all(found)
+  assert found[0]["data"]["image_shape"] == [8, 8, 3]
+  found = records.select(found, "leakage")
   assert {record["num_targets"] for record in found} == {2}
   assert {record["attack"] for record in found} == set(config.attack.attacks)
 
