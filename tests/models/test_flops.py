@@ -9,10 +9,8 @@ from ptq_jax.models import flops
 
 PUBLISHED = {  # multiply-adds of one image: (32x32, CIFAR stem), in millions, to the digits given
   "resnet18": (555.42, 0.01),
-  "resnet34": (1159.4, 0.1),
   "resnet50": (1297.8, 0.1),
   "resnet20": (40.81, 0.01),
-  "wide_resnet28_2": (214.4, 0.1),
   "wide_resnet28_10": (5243, 1),
 }
 
