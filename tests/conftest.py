@@ -32,7 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
-MEMORY_BYTES = 1.4e9
+MEMORY_BYTES = 1.6e9
 """A worker that holds more forgets its programs at once, not only after a module."""
 
 
