@@ -12,7 +12,7 @@ import pytest
 
 from launch import attack, flags, report
 from ptq_jax import storage
-from ptq_jax.audit import events
+from ptq_jax.audit import events, work
 from ptq_jax.report import records
 from tests.audit.conftest import tiny_config
 
@@ -178,4 +178,4 @@ def test_a_bad_setting_through_the_launcher(finished):
 def test_stages_out_of_order_say_what_is_missing(tmp_path):
   for stage, needs in ((report, "attack"), (attack, "train_shadows")):
     with pytest.raises(flags.USER_ERRORS, match=f"run bash launch/run {needs} first"):
-      stage.run(tiny_config(), tmp_path, shard=None)
+      stage.run(tiny_config(), tmp_path, shard=work.WHOLE)
