@@ -50,6 +50,18 @@ def held_bytes():
   return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
+LONGEST = ("tests/launch", "tests/audit", "tests/quantize", "tests/models", "tests/test_", "tests")
+"""Modules in the order of their times: whoever comes last must not have the longest."""
+
+
+def pytest_collection_modifyitems(items):
+  def rank(item):
+    path = item.path.relative_to(ROOT).as_posix()
+    return next((i for i, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
+
+  items.sort(key=rank)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
   yield
