@@ -5,6 +5,7 @@ import contextlib
 import pathlib
 import shutil
 
+import jaxtyping
 import matplotlib.figure
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ TINY = {
   "data.pool_size": 60,
   "data.test_size": 20,
   "model.width": 2,
+  "model.num_convolutions": 1,
   "train.epochs": 2,
   "train.batch_size": 10,
   "train.models": 8,
@@ -61,10 +63,22 @@ class Heard(list):
       self.append(event.sentence)
 
 
+@contextlib.contextmanager
+def unchecked():
+  """Annotations are not checked: at a hundred thousand calls an audit, most of its time."""
+  before = jaxtyping.config.jaxtyping_disable
+  jaxtyping.config.update("jaxtyping_disable", True)
+  try:
+    yield
+  finally:
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 def run(workdir, **changes):
-  """Runs the audit to its end; what was said."""
+  """Runs the audit to its end; what was said. Annotations are checked in `finished`."""
   heard = Heard()
-  result = audit.run(tiny_config(**changes), workdir=workdir, progress=heard)
+  with unchecked():
+    result = audit.run(tiny_config(**changes), workdir=workdir, progress=heard)
   assert result.records
   return heard
 
@@ -125,7 +139,7 @@ def finished(tmp_path_factory):
   """Run once in a process, for all modules of these tests."""
   workdir = tmp_path_factory.mktemp("finished")
   with few():
-    run(workdir)
+    audit.run(tiny_config(), workdir=workdir)
   return workdir
 
 

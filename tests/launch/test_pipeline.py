@@ -23,6 +23,7 @@ TINY = (
   "--config.data.pool_size=60",
   "--config.data.test_size=20",
   "--config.model.width=2",
+  "--config.model.num_convolutions=1",
   "--config.train.epochs=2",
   "--config.train.batch_size=10",
   "--config.train.models=8",

@@ -1,4 +1,4 @@
-"""Networks of several kinds from training to predictions: every method, codes in a file, logits."""
+"""Networks of several kinds from training to predictions: methods, codes in a file, logits."""
 
 import functools
 
@@ -101,7 +101,6 @@ def pixels(images):
   [
     ("vit", "adaround"),
     ("vit", "brecq"),
-    ("mobile", "nearest"),
     ("mobile", "brecq"),
     ("mobile", "obc"),
     ("shared", "obc"),
