@@ -72,9 +72,8 @@ def launch(
     print(_help(description, flags.FLAGS["config"].value, (*options, *switches, *several)))
     sys.exit(0)
 
+  @stopping.raised()
   def main(arguments: Sequence[str]) -> None:
-    signal.signal(signal.SIGTERM, stopping.stop)
-    signal.signal(signal.SIGINT, stopping.stop)
     sys.stdout.reconfigure(errors="replace")  # a terminal of ASCII gets question marks, no crash
     sys.stderr.reconfigure(errors="replace")
     if not flags.FLAGS["verbosity"].present:

@@ -1,6 +1,7 @@
 """Stops that a user or a scheduler asks for, taken at the next good moment."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,11 +21,41 @@ def stop(number, _frame) -> None:
 
 
 @contextlib.contextmanager
+def raised(seconds: float = 3) -> Iterator[None]:
+  """Inside, Ctrl-C and SIGTERM raise `Stopped`: for a program, in its main thread.
+
+  What is raised amid a callback of the garbage collector or of a library may be forgotten there (of
+  twenty audits stopped while JAX traced, one went on). So it is raised again until it gets out.
+
+  Args:
+    seconds: from one time to the next.
+  """
+  timers: list[threading.Timer] = []
+
+  def raise_again(number, frame):
+    timers.append(threading.Timer(seconds, os.kill, (os.getpid(), number)))
+    timers[-1].daemon = True
+    timers[-1].start()
+    stop(number, frame)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, raise_again)
+  try:
+    yield
+  finally:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, stop)
+    for timer in timers:
+      timer.cancel()
+
+
+@contextlib.contextmanager
 def deferred(say: Callable[[str], None]) -> Iterator[Callable[[], Stopped | None]]:
   """Inside, a first Ctrl-C or SIGTERM does not raise: the function yielded returns it instead.
 
-  So a loop can save its state at the next good moment and raise then. A second one raises at once.
-  In a thread other than the main one signals cannot be caught, and nothing is.
+  So a loop can save its state at the next good moment and raise then; a stop that came after the
+  last such moment raises at the end of the block. A second one raises at once. In a thread other
+  than the main one signals cannot be caught, and nothing is.
 
   Args:
     say: told that the stop was heard.
@@ -46,3 +77,5 @@ def deferred(say: Callable[[str], None]) -> Iterator[Callable[[], Stopped | None
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+  if asked:
+    raise asked[0]

@@ -64,20 +64,22 @@ def train_chunk(audit: Audit, chunk: Chunk, stage: Stage):
     if saved.tree is not None:
       stage.advance(len(chunk) * epochs)
       return saved.tree
-    while True:
-      try:
-        variables = train_updates(audit, chunk, stage).variables
-        break
-      except jax.errors.JaxRuntimeError as error:
-        if not parallel.is_out_of_memory(error) or chunk.together == 1:
-          raise
-        chunk = work.run_apart(audit.trained, chunk)
-        stage.say(
-          f"out of memory; going on with {chunk.together} models of {chunk.name} in a program. Set "
-          f"train.models_together={chunk.together} to begin so."
-        )
-    trained.save(epochs, variables, metadata(audit, chunk))
-  shutil.rmtree(directory / "training", ignore_errors=True)
+    with stopping.deferred(stage.say) as stopped:
+      while True:
+        try:
+          variables = train_updates(audit, chunk, stage, stopped).variables
+          break
+        except jax.errors.JaxRuntimeError as error:
+          if not parallel.is_out_of_memory(error) or chunk.together == 1:
+            raise
+          chunk = work.run_apart(audit.trained, chunk)
+          stage.say(
+            f"out of memory; going on with {chunk.together} models of {chunk.name} in a program. "
+            f"Set train.models_together={chunk.together} to begin so."
+          )
+      trained.save(epochs, variables, metadata(audit, chunk))
+      trained.wait()
+      shutil.rmtree(directory / "training", ignore_errors=True)
   return variables
 
 
@@ -149,8 +151,8 @@ def inputs(audit: Audit, chunk: Chunk) -> tuple:
   )
 
 
-def train_updates(audit: Audit, chunk: Chunk, stage: Stage) -> fit.State:
-  """Trains a chunk from where it was, with a checkpoint every few minutes and when stopped.
+def train_updates(audit: Audit, chunk: Chunk, stage: Stage, stopped) -> fit.State:
+  """Trains a chunk from where it was, with a checkpoint every few minutes and when `stopped()`.
 
   Returns its states on the host.
   """
@@ -158,7 +160,7 @@ def train_updates(audit: Audit, chunk: Chunk, stage: Stage) -> fit.State:
   recipe, (keys, *data) = recipe_of(audit, chunk, stage), inputs(audit, chunk)
   steps = data[-1].shape[1] // recipe.batch_size
   directory = audit.model_directory(chunk) / "training"
-  with storage.Checkpoints(directory) as checkpoints, stopping.deferred(stage.say) as stopped:
+  with storage.Checkpoints(directory) as checkpoints:
     saved = restore(audit, chunk, checkpoints, states_like(audit, chunk), stage.say)
     states = saved.tree
     if states is None:

@@ -97,6 +97,22 @@ def test_a_resumed_training_goes_on_with_its_curve(finished, tmp_path, monkeypat
     assert heard.measured[0].values["loss"] == pytest.approx(np.mean(curve(finished)[0]["loss"]))
 
 
+def test_a_stop_after_the_last_moment_to_save_is_not_forgotten(tmp_path, monkeypatch):
+  """It comes while the trained models are written: they are kept, then training stops."""
+  save = storage.Checkpoints.save
+
+  def saved(checkpoints, *args):
+    save(checkpoints, *args)
+    signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(storage.Checkpoints, "save", saved)
+  with pytest.raises(stopping.Stopped):
+    training.train(opened(tmp_path))
+  assert (tmp_path / CHUNK / "trained" / "2.json").exists()
+  assert not (tmp_path / CHUNK / "training").exists()
+  assert not list((tmp_path / "scores").rglob("*.npz"))
+
+
 def waits(audit, lock, stage):
   """Runs a stage while somebody holds a lock until it has said so; what the stage returns."""
   before = len(audit.listener)
@@ -132,7 +148,7 @@ def test_audits_that_share_models_take_turns_with_them_and_share_nothing_else(fi
 def test_models_that_do_not_fit_are_trained_with_fewer_in_a_program(tmp_path, monkeypatch):
   audit, tried = opened(tmp_path, train__models_together=4), []
 
-  def train(audit, chunk, stage):
+  def train(audit, chunk, stage, stopped):
     tried.append(chunk.together)
     if chunk.together > 2:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")

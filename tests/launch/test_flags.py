@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -136,6 +137,27 @@ def test_interrupt_has_its_own_code(launch):
   done = launch(error="stopping.Stopped(2)")
   assert done.returncode == 130
   assert "goes on from what is saved" in done.stderr
+
+
+DEAF = """
+import gc, signal, time
+from launch import flags
+def collected(phase, info):
+  gc.callbacks.remove(collected)
+  signal.raise_signal(signal.SIGTERM)
+def run(config, workdir, **_):
+  gc.callbacks.append(collected)
+  gc.collect()
+  time.sleep(20)
+flags.launch(run, config="configs/digits.py", description="Hears nothing while it collects.")
+"""
+
+
+def test_a_signal_amid_garbage_collection_is_not_forgotten(execute):
+  """What is raised there Python prints and drops."""
+  done = execute(DEAF)
+  assert done.returncode == 128 + signal.SIGTERM, done
+  assert "stopped by SIGTERM" in done.stderr
 
 
 def test_help_explains(launch):
