@@ -39,10 +39,7 @@ class Pulled:
 
     return nearest.each_layer(solve, model, variables, images, plans=plans, **options)
 
-  @staticmethod
-  def quantize_params(key, model, variables, images, *, levels):
-    one_model, stacked = walk.one_model, Pulled.quantize_stacked
-    return one_model(stacked, key, model, variables, images, levels, None, {})
+  quantize_params = staticmethod(walk.for_one_model(quantize_stacked))
 
 
 def made_data():

@@ -19,16 +19,13 @@ from ptq_jax.base import ArrayLike, Int, Keys, Shaped, Variables
 from ptq_jax.models import call, parallel
 from ptq_jax.models import units as model_units
 from ptq_jax.models.units import Survey
-from ptq_jax.quantize import adaround, brecq, capture, nearest, obc
+from ptq_jax.quantize import adaround, brecq, capture, nearest, obc, walk
 from ptq_jax.quantize.plan import Plan, Record, Records
 
 _METHODS: dict[str, Any] = {"nearest": nearest, "adaround": adaround, "brecq": brecq, "obc": obc}
 
 METHODS = MappingProxyType(_METHODS)
 """Modules by the name that configs and result tables use; `register` adds one."""
-
-PER_MODEL = ("labels", "batchnorm_images")
-"""Options of methods that have a model axis."""
 
 
 def register(name: str, method: Any) -> None:
@@ -75,7 +72,7 @@ def quantize_stacked(
   Returns:
     Variables [P, M, ...], on the first device, and one record per layer or unit with arrays [P, M].
   """
-  shared = {name: options.pop(name) for name in PER_MODEL if options.get(name) is not None}
+  shared = {name: options.pop(name) for name in walk.PER_MODEL if options.get(name) is not None}
 
   def quantize(keys, variables, images, shared):
     run = METHODS[method].quantize_stacked

@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Keys, Shaped, Variables
 from ptq_jax.models import conv, units
 from ptq_jax.models.call import Hashable
-from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, quadratic, reconstruct, walk
 from ptq_jax.quantize.grid import Grid
-from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
+from ptq_jax.quantize.plan import Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Schedule
 
 MINI_BATCH = Schedule(num_steps=20_000, learning_rate=1e-3, weight=1e-3, batch_size=32)
@@ -45,35 +44,6 @@ SWEEPS = 10
 Solve = Callable[..., tuple[Array, np.ndarray, np.ndarray, np.ndarray]]
 """Of (site, layer, kernels, grids, active): kernels, errors before and after, and steps of the
 active branches."""
-
-
-def quantize_params(
-  key: Key,
-  model: Model,
-  variables: Variables,
-  images: Shaped[ArrayLike, "n ..."],
-  *,
-  levels: Levels | Mapping[str, Levels],
-  last_layer_levels: int | Literal["full"] | None = None,
-  **options,
-) -> tuple[Variables, list[Record]]:
-  """AdaRound for one model.
-
-  Args:
-    variables: of a Linen model, see `models.call`; the state of an nnx one, which then comes back.
-    images: calibration images, as the model takes them.
-    levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
-    last_layer_levels: of the classifier, when they differ; "full" for full precision.
-    **options: of `quantize_stacked`.
-  Returns:
-    Variables of the same tree and dtypes, and one record per layer, with scalars, which print as a
-      table.
-  Raises:
-    ValueError: see `quantize_stacked`.
-  """
-  return walk.one_model(
-    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
-  )
 
 
 def quantize_stacked(
@@ -153,6 +123,9 @@ def quantize_stacked(
     memory_bytes=memory_bytes,
     progress=progress,
   )
+
+
+quantize_params = walk.for_one_model(quantize_stacked)
 
 
 def choose_form(

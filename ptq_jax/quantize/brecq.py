@@ -23,14 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Key, Keys, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Keys, Shaped, Variables
 from ptq_jax.models import call, conv, fold_batchnorm
 from ptq_jax.models import units as cut
 from ptq_jax.models.call import Hashable
-from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import adaround, capture, reconstruct, walk
-from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
+from ptq_jax.quantize.plan import Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
 SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.1, decay_rates=(0.8, 0.9))
@@ -40,30 +39,6 @@ PAPER = Schedule(num_steps=20_000, learning_rate=1e-3, weight=0.01)
 """The paper's schedule."""
 
 BRANCHES_AT_ONCE = 8  # of a block with convolutions, in one compiled loop
-
-
-def quantize_params(
-  key: Key,
-  model: Model,
-  variables: Variables,
-  images: Shaped[ArrayLike, "n ..."],
-  *,
-  levels: Levels | Mapping[str, Levels],
-  last_layer_levels: int | Literal["full"] | None = None,
-  **options,
-) -> tuple[Variables, list[Record]]:
-  """BRECQ for one model; arguments and errors as `adaround.quantize_params`, `labels` int [n].
-
-  Returns:
-    Variables of the same tree and dtypes, batch normalisation folded, and one record per unit,
-    with scalars.
-  """
-  if options.get("labels") is not None:
-    labels = jnp.asarray(options["labels"])
-    options["labels"] = labels if labels.ndim == 2 else labels[None]
-  return walk.one_model(
-    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
-  )
 
 
 def quantize_stacked(
@@ -135,6 +110,9 @@ def quantize_stacked(
     memory_bytes=memory_bytes,
     progress=progress,
   )
+
+
+quantize_params = walk.for_one_model(quantize_stacked)
 
 
 def _checked_labels(labels, model, variables, images) -> Array:

@@ -8,7 +8,7 @@ Hessians) is computed once per model, and levels that several plans have in comm
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Float, Key, Keys, Shaped, Variables
-from ptq_jax.models.from_nnx import Model
+from ptq_jax.base import Array, ArrayLike, Float, Keys, Shaped, Variables
 from ptq_jax.quantize import capture, grid, hessian, plan, walk
 from ptq_jax.quantize.grid import Grid
-from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
+from ptq_jax.quantize.plan import Plan, Progress, Record
 
 
 class Job(NamedTuple):
@@ -37,35 +36,6 @@ class Job(NamedTuple):
 
 Solve = Callable[[Job], Float[Array, "U M groups D K"]]
 """A method: other weights on the same grids, with a smaller error if it can."""
-
-
-def quantize_params(
-  key: Key,
-  model: Model,
-  variables: Variables,
-  images: Shaped[ArrayLike, "n ..."],
-  *,
-  levels: Levels | Mapping[str, Levels],
-  last_layer_levels: int | Literal["full"] | None = None,
-  **options,
-) -> tuple[Variables, list[Record]]:
-  """Rounds every kernel of one model to the nearest level.
-
-  Args:
-    variables: of a Linen model, see `models.call`; the state of an nnx one, which then comes back.
-    images: calibration images; only the errors in the records depend on them.
-    levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
-    last_layer_levels: of the classifier, when they differ; "full" for full precision.
-    **options: of `quantize_stacked`.
-  Returns:
-    Variables of the same tree and dtypes, and one record per layer, with scalars, which print as a
-      table.
-  Raises:
-    ValueError: see `quantize_stacked`.
-  """
-  return walk.one_model(
-    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
-  )
 
 
 def quantize_stacked(
@@ -109,6 +79,9 @@ def quantize_stacked(
     strict=strict,
     progress=progress,
   )
+
+
+quantize_params = walk.for_one_model(quantize_stacked)
 
 
 def each_layer(

@@ -17,23 +17,22 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq_jax.base import Array, ArrayLike, Float, Int, Key, Keys, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Float, Int, Keys, Shaped, Variables
 from ptq_jax.models import parallel
-from ptq_jax.models.from_nnx import Model
 from ptq_jax.quantize import batchnorm as batchnorms
 from ptq_jax.quantize import grid as grids
 from ptq_jax.quantize import hessian as hessians
 from ptq_jax.quantize import nearest, walk
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.nearest import Job
-from ptq_jax.quantize.plan import Levels, Plan, Progress, Record
+from ptq_jax.quantize.plan import Plan, Progress, Record
 
 SINGLE_BLOCK = 96
 
@@ -45,37 +44,6 @@ CPU_MEMORY_BYTES = 2**25
 """On a CPU the inverses of a chunk of rows should stay in the cache: 32 MiB."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def quantize_params(
-  key: Key,
-  model: Model,
-  variables: Variables,
-  images: Shaped[ArrayLike, "n ..."],
-  *,
-  levels: Levels | Mapping[str, Levels],
-  last_layer_levels: int | Literal["full"] | None = None,
-  **options,
-) -> tuple[Variables, list[Record]]:
-  """OBC for one model: every layer alone, from full-precision inputs; biases stay as they are.
-
-  Args:
-    variables: of a Linen model, see `models.call`; the state of an nnx one, which then comes back.
-    images: calibration images, as the model takes them.
-    levels: 2 to 256 for all layers, None for full precision, or a plan (`plan.make`).
-    last_layer_levels: of the classifier, when they differ; "full" for full precision.
-    **options: of `quantize_stacked`; `batchnorm_images` without the model axis.
-  Returns:
-    Variables of the same tree and dtypes, and one record per layer, with scalars, which print as a
-      table.
-  Raises:
-    ValueError: see `quantize_stacked`.
-  """
-  if options.get("batchnorm_images") is not None:
-    options["batchnorm_images"] = jnp.asarray(options["batchnorm_images"])[None]
-  return walk.one_model(
-    quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
-  )
 
 
 def quantize_stacked(
@@ -146,6 +114,9 @@ def quantize_stacked(
       keys, model, quantized, batchnorm_images, changed=changed
     )
   return quantized, records
+
+
+quantize_params = walk.for_one_model(quantize_stacked)
 
 
 def quantize_matrix(

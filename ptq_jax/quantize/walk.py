@@ -14,7 +14,7 @@ branch's numbers free of its neighbours; optimisation loops run stacked.
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,13 +23,17 @@ import numpy as np
 from flax import nnx
 
 from ptq_jax import trees
-from ptq_jax.base import Array, ArrayLike, Int, Keys, PyTree, Shaped, Variables
+from ptq_jax.base import Array, ArrayLike, Int, Key, Keys, PyTree, Shaped, Variables
 from ptq_jax.models import conv, from_nnx, parallel, units
 from ptq_jax.models.call import Hashable
+from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, grid, plan
 from ptq_jax.quantize.grid import Grid
-from ptq_jax.quantize.plan import Plan, Progress, Record, Records
+from ptq_jax.quantize.plan import Levels, Plan, Progress, Record, Records
+
+PER_MODEL = ("labels", "batchnorm_images")
+"""Options of methods that have a model axis."""
 
 
 class Pair(NamedTuple):
@@ -207,30 +211,53 @@ def rows(tree: PyTree, active: np.ndarray) -> PyTree:
   return trees.take(tree, active)
 
 
-def one_model(
-  quantize_stacked, key, model, variables, images, levels, last_layer_levels, options
-) -> tuple[Variables, list[Record]]:
-  """Runs a method's `quantize_stacked` for one model and plan; results have no axes [P, M].
+def for_one_model(quantize_stacked: Callable[..., Any]) -> Callable[..., Any]:
+  """A method's `quantize_params`, from its `quantize_stacked`."""
 
-  An nnx model comes with its state, and gets a state back.
-  """
-  if isinstance(model, nnx.Module):
-    adapted, inside = from_nnx.adapt(model), from_nnx.variables_of(variables)
-    quantized, records = one_model(
-      quantize_stacked, key, adapted, inside, images, levels, last_layer_levels, options
-    )
-    return from_nnx.state_with(variables, quantized), records
-  stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
-  layers = units.layers(model, *capture.one_of(stacked, images))
-  chosen = plan.resolve(layers, levels, last_layer_levels)
-  quantized, records = quantize_stacked(
-    key[None], model, stacked, images, plans=[chosen], **options
-  )
+  def quantize_params(
+    key: Key,
+    model: Model,
+    variables: Variables,
+    images: Shaped[ArrayLike, "n ..."],
+    *,
+    levels: Levels | Mapping[str, Levels],
+    last_layer_levels: int | Literal["full"] | None = None,
+    **options,
+  ) -> tuple[Variables, list[Record]]:
+    """Quantizes one model by this module's method, see `quantize_stacked`.
 
-  def first(tree):
-    return trees.take(trees.take(tree, 0), 0)
+    Args:
+      variables: of a Linen model, see `models.call`; the state of an nnx one, which comes back.
+      images: calibration images, as the model takes them.
+      levels: 2 to 256 for all layers, None for full precision, or by pattern (`plan.resolve`).
+      last_layer_levels: of the classifier, when they differ; "full" for full precision.
+      **options: of `quantize_stacked`; those in `PER_MODEL` without the model axis.
+    Returns:
+      Variables of the same tree and dtypes, and one record per layer or unit, with scalars, which
+      print as a table.
+    Raises:
+      ValueError: see `quantize_stacked`.
+    """
+    if isinstance(model, nnx.Module):
+      state, model, variables = variables, from_nnx.adapt(model), from_nnx.variables_of(variables)
+    else:
+      state = None
+    stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
+    for name in PER_MODEL:
+      if options.get(name) is not None and not (name == "labels" and np.ndim(options[name]) == 2):
+        options[name] = jnp.asarray(options[name])[None]
+    layers = units.layers(model, *capture.one_of(stacked, images))
+    chosen = plan.resolve(layers, levels, last_layer_levels)
+    found, records = quantize_stacked(key[None], model, stacked, images, plans=[chosen], **options)
 
-  return first(quantized), Records(Record(each.name, *first(each[1:])) for each in records)
+    def first(tree):
+      return trees.take(trees.take(tree, 0), 0)
+
+    quantized = first(found) if state is None else from_nnx.state_with(state, first(found))
+    return quantized, Records(Record(each.name, *first(each[1:])) for each in records)
+
+  quantize_params.__module__ = quantize_stacked.__module__
+  return quantize_params
 
 
 def _even(remaining: int, size: int) -> int:
