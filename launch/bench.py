@@ -3,8 +3,8 @@
     bash launch/run bench NAME [flags of that benchmark]
 
 Each benchmark is a module of launch/benchmarks with its own --help: attack, compile, conv,
-coverage, device, faults, kills, obc, quantize, train. Times on a shared machine are noisy: quote
-the ratios, and the hardware they come from.
+coverage, device, faults, kills, obc, quantize, shadows, train. Times on a shared machine are noisy:
+quote the ratios, and the hardware they come from.
 """
 
 import importlib
