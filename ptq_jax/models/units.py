@@ -213,7 +213,10 @@ def _survey(hashable, tree, leaves) -> Survey:
     else:
       reasons[path] = reason
   if not layers:
-    raise ValueError(f"{type(model).__name__} has no layer that can be quantized.")
+    own = "it is a layer itself, put it into a module, as in nn.Sequential([model])"
+    why = [f"{path!r}: {reason}" if path else own for path, reason in reasons.items()]
+    because = f" ({'; '.join(why)})" if why else ""
+    raise ValueError(f"{type(model).__name__} has no layer that can be quantized{because}.")
   return Survey(tuple(layers), tuple(_kept(layers, reasons, modules, shapes)))
 
 

@@ -236,7 +236,13 @@ def _solve(layer, schedule, stop, sweeps, kernels, grids, sums):
     scale, zero_point = (capture.kernel_matrix(part, layer) for part in kernel_grid[:2])
     matrix_grid = Grid(scale, zero_point, kernel_grid.levels)
     solution = quadratic.solve(
-      weights, matrix_grid, layer_moments, schedule=schedule, stop=stop, sweeps=sweeps
+      weights,
+      matrix_grid,
+      layer_moments,
+      schedule=schedule,
+      stop=stop,
+      sweeps=sweeps,
+      kept_in=kernel.dtype,
     )
     codes = capture.matrix_kernel(solution.codes, layer)
     return grid.dequantize(codes, kernel_grid), solution

@@ -130,6 +130,11 @@ def dequantize(codes: Int[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
   return (jnp.asarray(codes).astype(scale.dtype) - grid.zero_point) * scale
 
 
+def kept(weights: Float[Array, "..."], dtype: np.dtype) -> Float[Array, "..."]:
+  """What remains of weights that are kept in a dtype, such as bfloat16; in their own dtype."""
+  return weights.astype(dtype).astype(weights.dtype)
+
+
 @jax.jit
 def nearest(weights: Float[ArrayLike, "..."], grid: Grid) -> Float[Array, "..."]:
   """Every weight at its nearest level."""

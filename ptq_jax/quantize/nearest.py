@@ -136,7 +136,7 @@ def _layer(solve, options, layer, original, hessians, levels):
   if distinct:
     given = (*options, ("two_levels", distinct[0] == grid.MIN_LEVELS))
     job, fitted, before = _round(layer.unnamed, given, original, hessians, np.array(distinct))
-    kernels, after = _keep_better(layer.unnamed, job, solve(job), before)
+    kernels, after = _keep_better(layer.unnamed, original.dtype, job, solve(job), before)
     found = kernels.astype(original.dtype), before, after, fitted.scale, fitted.zero_point
   shape = layer.grid_shape if not distinct else tuple(found[-1].shape[2:])
   kernels, *parts = _by_plan(where, shape, original, found)
@@ -178,20 +178,21 @@ def _round(layer, options, kernels, hessians, counts):
   )
   rounded = grid.nearest(weights[None], grids)
   job = Job(weights, hessians, grids, rounded)
-  return job, fitted, _errors(layer, job, rounded)
+  return job, fitted, _errors(layer, kernels.dtype, job, rounded)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _keep_better(layer, job, found, before):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _keep_better(layer, dtype, job, found, before):
   """Kernels [U, M, ...], each the found one or nearest rounding, and their errors [U, M]."""
-  error = _errors(layer, job, found)
+  error = _errors(layer, dtype, job, found)
   better = (error < before)[:, :, None, None, None]
   best = jnp.where(better, found, job.nearest)
   reshape = functools.partial(capture.matrix_kernel, layer=layer)
   return jax.vmap(jax.vmap(reshape))(best), jnp.minimum(error, before)
 
 
-def _errors(layer, job, found):
-  """Output errors [U, M] of the layer with other weights."""
+def _errors(layer, dtype, job, found):
+  """Output errors [U, M] of the layer with other weights, in the dtype that they are kept in."""
   error = functools.partial(hessian.output_error, layer=layer)
-  return jax.vmap(jax.vmap(error), (0, None))(found - job.weights[None], job.hessians)
+  change = grid.kept(found, dtype) - job.weights[None]
+  return jax.vmap(jax.vmap(error), (0, None))(change, job.hessians)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ptq_jax.base import Array, Float, Int, Shaped
@@ -231,12 +232,14 @@ def solve(
   schedule: Schedule,
   stop: str,
   sweeps: int,
+  kept_in: np.dtype | None = None,
 ) -> Solution:
   """Rounds one layer by its moments: `learn`, round, `polish`, or nearest if that is better.
 
   Args:
     weights: `capture.kernel_matrix` of the kernel.
     matrix_grid: scale and zero point [groups, 1 or D, K].
+    kept_in: dtype of the quantized weights, in which errors are measured; None: as `weights`.
   """
   alpha, steps = learn(weights, matrix_grid, moments, schedule=schedule, stop=stop)
   codes = rounding.hard_codes(weights, alpha, matrix_grid)
@@ -244,7 +247,10 @@ def solve(
     codes = polish(codes, weights, matrix_grid, moments, sweeps=sweeps)
   nearest = grid.codes(weights, matrix_grid)
   learned_error, nearest_error = (
-    error(grid.dequantize(c, matrix_grid) - weights, moments)[0] for c in (codes, nearest)
+    error(grid.kept(grid.dequantize(c, matrix_grid), kept_in or weights.dtype) - weights, moments)[
+      0
+    ]
+    for c in (codes, nearest)
   )
   better = learned_error <= nearest_error
   return Solution(

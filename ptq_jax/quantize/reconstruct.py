@@ -334,10 +334,11 @@ def _choose(better, rounded, nearest):
 
 @jax.jit
 def _candidates(problems, alphas):
-  """Kernels of stacked problems rounded as learned, and to the nearest level."""
+  """Kernels of stacked problems rounded as learned, and to the nearest level, as they are kept."""
 
   def one(weights, grids, alphas):
     hard = {p: rounding.hard_weights(weights[p], a, grids[p]) for p, a in alphas.items()}
-    return hard, {p: grid.nearest(kernel, grids[p]) for p, kernel in weights.items()}
+    near = {p: grid.nearest(kernel, grids[p]) for p, kernel in weights.items()}
+    return [{p: grid.kept(found[p], weights[p].dtype) for p in found} for found in (hard, near)]
 
   return jax.vmap(one)(problems.weights, problems.grids, alphas)

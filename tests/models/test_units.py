@@ -193,6 +193,9 @@ def test_a_table_that_is_also_an_output_layer_is_kept():
 def test_a_model_without_layers_is_refused():
   with pytest.raises(ValueError, match="no layer that can be quantized"):
     found(single(nn.GroupNorm, num_groups=3))
+  images = jnp.zeros((2, 5))
+  with pytest.raises(ValueError, match=r"Dense .*it is a layer itself, put it into a module"):
+    units.layers(nn.Dense(3), shapes(nn.Dense(3), images), images)
 
 
 def test_boxed_parameters_are_parameters():
