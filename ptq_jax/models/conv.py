@@ -136,7 +136,7 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
   if num_models == 1 or groups > 1:
     return "unrolled"
   if platform == "cpu":
-    return "unrolled" if flop > 2e6 else "patches"
+    return "unrolled" if flop > 2e7 else "patches"
   return "grouped" if platform == "tpu" else "unrolled"
 
 
