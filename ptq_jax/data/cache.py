@@ -15,7 +15,7 @@ import numpy as np
 from ptq_jax.data.files import Stamp
 from ptq_jax.data.splits import Splits
 
-FORMAT = 2  # raise it when decoding changes what the arrays hold
+FORMAT = 3  # raise it when decoding changes what the arrays or notes hold
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 TEXT = ("class_names", "notes")
 

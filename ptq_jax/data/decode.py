@@ -3,10 +3,10 @@
 import concurrent.futures
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ptq_jax.base import UInt8
 
@@ -17,6 +17,13 @@ CHUNK = 256  # images per task: enough that handing out tasks costs nothing
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of 8-bit images by number of channels
 
+FORMS = {"1": "black and white", "L": "grayscale", "LA": "grayscale", "P": "palette",
+         "PA": "palette", "RGBA": "RGB"}  # fmt: skip
+"""Pillow's modes in words, transparency apart; others are called what they are, such as CMYK."""
+
+Change = tuple[str, str]
+"""What was done to an image, after "N images", and the name of the image."""
+
 
 def images(
   fetch: Callable[[int, int], Iterable[tuple[str, bytes]]],
@@ -24,7 +31,7 @@ def images(
   count: int,
   num_channels: int,
   image_size: int | None,
-) -> UInt8[np.ndarray, "N H W C"]:
+) -> tuple[UInt8[np.ndarray, "N H W C"], list[Change]]:
   """Decodes images 0 .. count - 1; the first decides the shape that all must have.
 
   Args:
@@ -33,40 +40,54 @@ def images(
     num_channels: 1, 3 or 4; images of another number are converted (grayscale to RGB, say).
     image_size: None keeps the size; a number scales the shorter side to it and cuts out the middle
       square.
+  Returns:
+    The images, and in their order what was changed in which, for `notes`.
   Raises:
     ValueError: names an image that `decode` refuses or that has another size.
   """
   first_name, first_bytes = next(iter(fetch(0, 1)))
-  first = decode(first_bytes, name=first_name, num_channels=num_channels, image_size=image_size)
+  first, _ = decode(first_bytes, name=first_name, num_channels=num_channels, image_size=image_size)
   decoded = np.empty((count, *first.shape), np.uint8)
 
-  def fill(start: int) -> None:
-    stop = min(start + CHUNK, count)
+  def fill(start: int) -> list[Change]:
+    stop, changes = min(start + CHUNK, count), []
     for index, (name, encoded) in enumerate(fetch(start, stop), start):
-      image = decode(encoded, name=name, num_channels=num_channels, image_size=image_size)
+      image, changed = decode(encoded, name=name, num_channels=num_channels, image_size=image_size)
       if image.shape != first.shape:
         raise ValueError(
           f"image {name!r} is {_size(image)} and {first_name!r} is {_size(first)}; set image_size "
           "to scale all images to one size."
         )
       decoded[index] = image
+      changes += [(what, name) for what in changed]
+    return changes
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     tasks = [threads.submit(fill, start) for start in range(0, count, CHUNK)]
     try:
-      for task in tasks:
-        task.result()
+      return decoded, [change for task in tasks for change in task.result()]
     finally:
       threads.shutdown(cancel_futures=True)
-  return decoded
+
+
+def notes(changes: Sequence[Change]) -> tuple[str, ...]:
+  """One sentence for every sort of change: how many images, and one of them.
+
+  >>> notes([("are CMYK", "a.jpg"), ("are CMYK", "b.jpg")])
+  ("2 images are CMYK, such as 'a.jpg'.",)
+  """
+  names: dict[str, list[str]] = {}
+  for what, name in changes:
+    names.setdefault(what, []).append(name)
+  return tuple(f"{len(all_)} images {what}, such as {all_[0]!r}." for what, all_ in names.items())
 
 
 def decode(
   encoded: bytes, *, name: str, num_channels: int, image_size: int | None
-) -> UInt8[np.ndarray, "H W C"]:
+) -> tuple[UInt8[np.ndarray, "H W C"], list[str]]:
   """One image, turned as its EXIF orientation says; what is transparent becomes white.
 
-  Where a fourth channel is wanted, transparency stays as it is.
+  Where a fourth channel is wanted, transparency stays as it is. Also what was changed, in words.
 
   Raises:
     ValueError: if it is of none of `FORMATS`, cannot be decoded or has more than 8 bits per
@@ -75,7 +96,9 @@ def decode(
   try:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     deep = image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile)
+    several = getattr(image, "is_animated", False)
     image.load()
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     image = ImageOps.exif_transpose(image)
   except UnidentifiedImageError as error:
     raise ValueError(
@@ -89,11 +112,23 @@ def decode(
       f"image {name!r} has pixels of more than 8 bits (Pillow mode {image.mode!r}); convert it to "
       "8 bits per channel."
     )
+  form, wanted = (FORMS.get(mode, mode) for mode in (image.mode, MODES[num_channels]))
+  transparent = False
   if num_channels < 4 and image.has_transparency_data:
     image = image.convert("RGBA")
+    transparent = image.getextrema()[3][0] < 255
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  changed = {
+    "hold several pictures, of which the first is taken": several,
+    "are turned as their EXIF orientation says": turned,
+    "are transparent in part and put on white": transparent,
+    f"are {form} and become {wanted}": form != wanted,
+    "are not square and lose what is beside their middle": image_size
+    and image.width != image.height,
+  }
   image = _scaled(image.convert(MODES[num_channels]), image_size)
-  return np.asarray(image, np.uint8).reshape(image.height, image.width, num_channels)
+  pixels = np.asarray(image, np.uint8).reshape(image.height, image.width, num_channels)
+  return pixels, [what for what, is_so in changed.items() if is_so]
 
 
 def resized(

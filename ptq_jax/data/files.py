@@ -93,8 +93,8 @@ class Files:
 
   def decoded(
     self, names: Sequence[str], *, image_size: int | None
-  ) -> UInt8[np.ndarray, "N H W 3"]:
-    """The images of these names as RGB, see `decode.images`."""
+  ) -> tuple[UInt8[np.ndarray, "N H W 3"], list[decode.Change]]:
+    """The images of these names as RGB, and what was changed, see `decode.images`."""
     return decode.images(
       lambda start, stop: ((name, self.read(name)) for name in names[start:stop]),
       count=len(names),

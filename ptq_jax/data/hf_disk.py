@@ -47,9 +47,11 @@ def read(
       raise ValueError(f"the splits of {str(path)!r} have different columns; save them alike.")
 
   def decoded(size: int | None) -> Splits:
-    arrays = []
+    arrays, changes = [], []
     for name, part in parts.items():
-      arrays += [_inputs(part, given, name, size), _array(part, label, name)]
+      examples, changed = _inputs(part, given, name, size)
+      arrays += [examples, _array(part, label, name)]
+      changes += changed
     names = (f"{each!r} of {split}" for split in parts for each in columns)
     class_names = getattr(features[label], "names", None)
     return splits.checked(
@@ -57,6 +59,7 @@ def read(
       class_names=None if class_names is None else tuple(class_names),
       source=str(path),
       names=tuple(names),
+      notes=decode.notes(changes),
     )
 
   if not _holds(features[given], "Image"):
@@ -141,10 +144,12 @@ def _array(part, column: str, split: str) -> np.ndarray:
   return found.flatten().to_numpy(zero_copy_only=False).reshape(len(found), -1)
 
 
-def _inputs(part, column: str, split: str, image_size: int | None) -> np.ndarray:
-  """The column of inputs; images are gray if the first is, otherwise RGB."""
+def _inputs(
+  part, column: str, split: str, image_size: int | None
+) -> tuple[np.ndarray, list[decode.Change]]:
+  """The column of inputs; images are gray if the first is, otherwise RGB, see `decode.images`."""
   if not _holds(part.features[column], "Image"):
-    return _array(part, column, split)
+    return _array(part, column, split), []
   rows = part.select_columns([column]).cast_column(
     column, type(part.features[column])(decode=False)
   )
@@ -160,5 +165,5 @@ def _inputs(part, column: str, split: str, image_size: int | None) -> np.ndarray
     mode = Image.open(io.BytesIO(fetch(0, 1)[0][1]), formats=decode.FORMATS).mode
   channels = 1 if mode == "L" else 3
   if not len(rows):
-    return np.zeros((0, 1, 1, channels), np.uint8)
+    return np.zeros((0, 1, 1, channels), np.uint8), []
   return decode.images(fetch, count=len(rows), num_channels=channels, image_size=image_size)

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from ptq_jax.data import splits
+from ptq_jax.data import decode, splits
 from ptq_jax.data.cache import Source
 from ptq_jax.data.files import Files, open_files
 from ptq_jax.data.splits import Splits
@@ -54,11 +54,12 @@ def read(files: Files, *, image_size: int | None) -> Splits:
       f"the test image {unknown[0][0]!r} in {str(files.path)!r} is of the class {unknown[0][1]!r}, "
       f"which has no training images; the classes of {root}train/ are {_some(class_names)}."
     )
-  arrays = []
+  arrays, changes = [], []
   for examples in (train, test):
-    arrays.append(files.decoded([image for image, _ in examples], image_size=image_size))
-    arrays.append(np.array([label_of[name] for _, name in examples], np.int32))
-  notes = _notes(files, f"{root}train/", test_folder, folders)
+    pixels, changed = files.decoded([image for image, _ in examples], image_size=image_size)
+    arrays += [pixels, np.array([label_of[name] for _, name in examples], np.int32)]
+    changes += changed
+  notes = (*_notes(files, f"{root}train/", test_folder, folders), *decode.notes(changes))
   return splits.checked(*arrays, class_names=class_names, source=str(files.path), notes=notes)
 
 

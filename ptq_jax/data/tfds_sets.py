@@ -57,11 +57,19 @@ def read(builder, *, image_size: int | None) -> Splits:
   image, label = _feature_names(builder)
   num_classes = builder.info.features[label].num_classes
   names = builder.info.features[label].names if num_classes is not None else None
-  arrays = []
+  arrays, changes = [], []
   for split in ("train", test):
-    arrays += _read_split(builder, split, image=image, label=label, image_size=image_size)
-  class_names = None if names is None else tuple(names)
-  return splits.checked(*arrays, class_names=class_names, source=f"the dataset {builder.name!r}")
+    (pixels, changed), labels = _read_split(
+      builder, split, image=image, label=label, image_size=image_size
+    )
+    arrays += [pixels, labels]
+    changes += changed
+  return splits.checked(
+    *arrays,
+    class_names=None if names is None else tuple(names),
+    source=f"the dataset {builder.name!r}",
+    notes=decode.notes(changes),
+  )
 
 
 def _builder(name: str, data_dir: str | os.PathLike | None, *, known: tuple[str, ...]):
@@ -129,8 +137,8 @@ def _feature_names(builder) -> tuple[str, str]:
 
 def _read_split(
   builder, split: str, *, image: str, label: str, image_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Images and labels of one split."""
+) -> tuple[tuple[np.ndarray, list[decode.Change]], np.ndarray]:
+  """Images, see `decode.images`, and labels of one split."""
   import tensorflow_datasets as tfds
 
   feature = builder.info.features[image]

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from ptq_jax.data import splits
+from ptq_jax.data import decode, splits
 from ptq_jax.data.cache import Source
 from ptq_jax.data.files import Files, open_files
 from ptq_jax.data.splits import Splits
@@ -47,12 +47,16 @@ def read(files: Files, *, image_size: int | None) -> Splits:
     raise ValueError(f"wnids.txt in {str(files.path)!r} names the class {twice!r} twice.")
   train = _train(files, root, label_of)
   test = _test(files, root, label_of)
-  arrays = []
+  arrays, changes = [], []
   for examples in (train, test):
-    arrays.append(files.decoded([name for name, _ in examples], image_size=image_size))
-    arrays.append(np.array([label for _, label in examples], np.int32))
+    pixels, changed = files.decoded([name for name, _ in examples], image_size=image_size)
+    arrays += [pixels, np.array([label for _, label in examples], np.int32)]
+    changes += changed
   return splits.checked(
-    *arrays, class_names=_class_names(files, root, wnids), source=str(files.path)
+    *arrays,
+    class_names=_class_names(files, root, wnids),
+    source=str(files.path),
+    notes=decode.notes(changes),
   )
 
 

@@ -13,12 +13,17 @@ from tests.data import pictures
 
 def run(files, *, num_channels=3, image_size=None):
   """Decodes a list of (name, bytes)."""
-  return decode.images(
+  return images_and_notes(files, num_channels=num_channels, image_size=image_size)[0]
+
+
+def images_and_notes(files, **options):
+  """Likewise, with what is said of them."""
+  decoded, changes = decode.images(
     lambda start, stop: files[start:stop],
     count=len(files),
-    num_channels=num_channels,
-    image_size=image_size,
+    **({"num_channels": 3, "image_size": None} | options),
   )
+  return decoded, decode.notes(changes)
 
 
 def test_many_images_come_in_order():
@@ -120,3 +125,46 @@ def test_images_of_two_sizes_are_refused_unless_scaled():
   with pytest.raises(ValueError, match="image 'b' is 6x6 and 'a' is 8x8; set image_size"):
     run(files)
   assert run(files, image_size=4).shape == (2, 4, 4, 3)
+
+
+def test_what_is_changed_is_said_with_counts():
+  pixels = pictures.random_images(1)[0]
+  image, gray = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  clear = np.dstack([pixels, np.full((8, 8), 255, np.uint8)])
+  opaque = saved(Image.fromarray(clear))
+  clear[0, 0, 3] = 254
+  frames = {"save_all": True, "append_images": [image.rotate(90)]}
+  files = [
+    ("plain", saved(image)),
+    ("opaque", opaque),
+    ("clear", saved(Image.fromarray(clear))),
+    ("turned", saved(image, exif=exif)),
+    ("gray", saved(gray)),
+    ("print", saved(image.convert("CMYK"), "JPEG")),
+    ("other print", saved(image.convert("CMYK"), "TIFF")),
+    ("pages", saved(image, "WEBP", lossless=True, **frames)),
+    ("moving", saved(gray, "GIF", **frames)),
+    ("colours", saved(image.convert("P"))),
+    ("bits", saved(image.convert("1"))),
+  ]
+  decoded, notes = images_and_notes(files)
+  assert set(notes) == {
+    "1 images are black and white and become RGB, such as 'bits'.",
+    "2 images are palette and become RGB, such as 'moving'.",
+    "1 images are transparent in part and put on white, such as 'clear'.",
+    "1 images are turned as their EXIF orientation says, such as 'turned'.",
+    "2 images are CMYK and become RGB, such as 'print'.",
+    "1 images are grayscale and become RGB, such as 'gray'.",
+    "2 images hold several pictures, of which the first is taken, such as 'pages'.",
+  }
+  assert len(notes) == 7
+  np.testing.assert_array_equal(decoded[[0, 1, 7]], [pixels] * 3)
+  assert images_and_notes(files[:2], num_channels=4)[1] == ()
+  assert images_and_notes(files[:1], num_channels=1)[1] == (
+    "1 images are RGB and become grayscale, such as 'plain'.",
+  )
+  wide = [files[0], ("wide", saved(image.resize((12, 8))))]
+  said = "1 images are not square and lose what is beside their middle, such as 'wide'."
+  assert images_and_notes(wide, image_size=4)[1] == (said,)

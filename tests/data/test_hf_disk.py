@@ -73,6 +73,21 @@ def test_images_and_labels_are_found_by_type(saved, tmp_path):
   assert small.image_shape == (4, 4, 3)
 
 
+def test_images_are_like_the_first_and_others_said(tmp_path):
+  datasets = pytest.importorskip("datasets", exc_type=ImportError)
+  from PIL import Image
+
+  gray = pictures.random_images(2)
+  gray[0] = gray[0, ..., :1]
+  pixels = [Image.fromarray(gray[0, ..., 0]), Image.fromarray(gray[1])]
+  features = datasets.Features(img=datasets.Image(), fine=datasets.ClassLabel(names=["a", "b"]))
+  split = datasets.Dataset.from_dict({"img": pixels, "fine": [0, 1]}, features=features)
+  datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "set")
+  found = load.load("hf_disk", path=tmp_path / "set")
+  assert found.image_shape == (8, 8, 1)
+  assert found.notes == ("2 images are RGB and become grayscale, such as 'train 1'.",)
+
+
 @pytest.mark.parametrize(
   ("column", "kind", "last"),
   [("numbers", "vectors", [np.float32(5.1), 10]), ("ids", "tokens", [5, 7, 0])],

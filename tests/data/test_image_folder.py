@@ -111,6 +111,15 @@ def test_what_is_left_out_is_named(tmp_path):
   assert "2 folders of train/ hold no image and are no classes, such as 'bird'." in notes
 
 
+def test_what_was_changed_is_said_once_for_both_splits(tmp_path):
+  gray = pictures.encoded(TRAIN[0][..., :1])
+  chosen = files() | {"train/cat/a.png": gray, "test/dog/x.png": gray}
+  path = pictures.write_folder(tmp_path / "pets", chosen)
+  for _ in range(2):  # decoded, then from the cache
+    said = [note for note in load.load("image_folder", path=path).notes if "become" in note]
+    assert said == ["2 images are grayscale and become RGB, such as 'train/cat/a.png'."]
+
+
 def test_jfif_is_read(tmp_path):
   jpeg = pictures.encoded(TRAIN[0], "JPEG")
   chosen = files() | {"train/cat/c.jfif": jpeg, "train/dog/c.JFIF": jpeg}

@@ -26,6 +26,8 @@ def test_the_official_layout(tmp_path, place, root):
     np.testing.assert_array_equal(read.test_images, test)
     np.testing.assert_array_equal(read.test_labels, test_labels)
     assert read.class_names == ("tabby", "goldfish")
+    said = f"1 images are grayscale and become RGB, such as '{root}train/n01/images/n01_1.png'."
+    assert read.notes == (said,)
   assert list(tmp_path.glob("*-tiny_imagenet.uint8.npz"))
 
 
