@@ -21,7 +21,7 @@ import pathlib
 
 from launch import flags, progress
 from ptq_jax import storage
-from ptq_jax.audit import attacking, preflight, reporting, saved_scores, work
+from ptq_jax.audit import attacking, preflight, reporting, running, saved_scores, work
 
 OPTIONS = {
   "scores": "An .npz file or a folder of shadow scores to attack instead of an audit's.",
@@ -40,6 +40,10 @@ def run(config, workdir, *, shard, models=None, scores=None, targets=None) -> No
     with work.pinned_randomness():
       attacking.attack(audit, command=command)
     return
+  for key in flags.overridden():
+    running.require_scores_use(key)
+  if models:
+    raise ValueError("--models has no use for saved scores; leave it out.")
   if not flags.given("workdir"):
     workdir = pathlib.Path("runs", f"scores-{pathlib.Path(scores).stem}")
   with work.pinned_randomness():

@@ -120,6 +120,12 @@ def given(name: str) -> bool:
   return flags.FLAGS[name].present > 0
 
 
+def overridden() -> list[str]:
+  """Keys of the config that stand on the command line."""
+  given = (a.removeprefix("--config.") for a in _ARGUMENTS[1:] if a.startswith("--config."))
+  return [argument.partition("=")[0] for argument in given]
+
+
 def command_line() -> str:
   """How this program was called."""
   return shlex.join(["python", "-m", f"launch.{pathlib.Path(_ARGUMENTS[0]).stem}", *_ARGUMENTS[1:]])

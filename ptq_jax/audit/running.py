@@ -166,16 +166,23 @@ def run(
   Raises:
     ValueError, OSError: one sentence, before anything is computed where it can be known by then.
   """
+  for name in chosen if model is not None else ():
+    if name.startswith("model."):
+      raise ValueError(f"{name} is given beside model=, which has its options; leave it out.")
   config = _config(config, chosen)
   more: dict[str, Any] = {"listener": progress}
   if isinstance(data, str):
     config.data.name = data
-  elif isinstance(data, Mapping):
+  elif isinstance(data, Mapping) and data.keys() <= {*config.data}:
     config.data.update(data)
   elif data is not None:
-    more["given_data"] = load.from_arrays(
-      *data, pool_size=config.data.pool_size, test_size=config.data.test_size
-    )
+    if not isinstance(data, tuple | list) or len(data) != 4:
+      parts = f" of {', '.join(map(str, data))}" if isinstance(data, Mapping) else ""
+      raise ValueError(
+        f"data is a {type(data).__name__}{parts}; give the four arrays (x_train, y_train, x_test, "
+        f"y_test), the name of a dataset, or a dict of {', '.join(settings.SETTINGS['data'])}."
+      )
+    more["given_data"] = load.from_arrays(*data, **settings.named(config.data, "name"))
     config.data.name = "arrays"
   if model is not None:
     if not isinstance(model, nn.Module):
@@ -211,11 +218,22 @@ def run_scores(
   Raises:
     ValueError, FileNotFoundError: one sentence that names the array.
   """
+  for name in (SHORT.get(name, name) for name in chosen):
+    require_scores_use(name)
   config, root = _config(config, chosen), storage.require_writable(workdir)
   with work.pinned_randomness():
     saved_scores.attack(config, root, shadows, targets)
     found = reporting.report(root, options=config.report, listener=progress)
   return Result(found, root)
+
+
+def require_scores_use(key: str) -> None:
+  """Raises ValueError for a setting that an attack on saved scores would pass over."""
+  if key != "seed" and key.partition(".")[0] not in ("attack", "report"):
+    raise ValueError(
+      f"{key} has no use for saved scores, which are there already; only attack.*, report.* and "
+      "seed have."
+    )
 
 
 def _config(config, chosen) -> settings.Config:

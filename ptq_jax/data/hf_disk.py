@@ -63,6 +63,11 @@ def read(
     )
 
   if not _holds(features[given], "Image"):
+    if cache_dir is not None:
+      raise ValueError(
+        f"data.cache_dir is {cache_dir}, but {given!r} of {str(path)!r} holds no images to decode; "
+        "leave it out."
+      )
     return decoded(None)
   source = cache.Source(
     kind="-".join(("hf_disk", *columns)),

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,17 @@ PATH_NAMES = {
   "image_folder": "the folder that holds train/ and test/ (or val/)",
   "hf_disk": "the folder that DatasetDict.save_to_disk wrote",
 }
+
+WHERE = {
+  "digits": (),
+  "npz": ("path",),
+  "tiny_imagenet": ("path", "cache_dir"),
+  "image_folder": ("path", "cache_dir"),
+  "hf_disk": ("path", "columns", "cache_dir"),
+}
+"""What a source uses of the settings that say where and how data lies; others take `WHERE_TFDS`."""
+
+WHERE_TFDS = ("data_dir", "cache_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +133,12 @@ def load(
       None keeps their size, which must then be the same for all.
     seed: of the two selections.
   Raises:
-    ValueError: for an unknown name, contents that are no labelled set, or too few examples.
+    ValueError: for an unknown name, contents that are no labelled set, too few examples, or an
+      argument that the source has no use for.
     FileNotFoundError: for missing files or an unprepared set.
   """
-  if image_size is not None and image_size < 1:
-    raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel, or None.")
-  if columns is not None and name != "hf_disk":
-    raise ValueError(f"data.columns is {','.join(columns)}, but {name!r} has no columns to choose.")
-  where = {"path": path, "columns": columns, "cache_dir": cache_dir}
-  whole = _read(name, data_dir=data_dir, image_size=image_size, **where)
+  where = {"data_dir": data_dir, "path": path, "columns": columns, "cache_dir": cache_dir}
+  whole = _read(name, image_size=image_size, **where)
   return _select(name, whole, pool_size=pool_size, test_size=test_size, seed=seed)
 
 
@@ -142,7 +151,9 @@ def from_arrays(
   class_names: Sequence[str] | None = None,
   pool_size: int | None = None,
   test_size: int | None = None,
+  image_size: int | None = None,
   seed: int = 0,
+  **where: Any,
 ) -> Dataset:
   """The same from arrays at hand.
 
@@ -150,10 +161,12 @@ def from_arrays(
     x_train, x_test: images, vectors or token ids, see `inputs`.
     y_train, y_test: labels from 0 on.
     class_names: by label; None: the labels themselves.
-    pool_size, test_size, seed: as in `load`.
+    pool_size, test_size, image_size, seed: as in `load`.
+    **where: its other arguments, all None: arrays are nowhere.
   Raises:
-    ValueError: for arrays that are no labelled set.
+    ValueError: for arrays that are no labelled set, and as in `load`.
   """
+  _require_used("arrays", where, (), image_size)
   names = ("x_train", "y_train", "x_test", "y_test")
   whole = splits.checked(
     *map(np.asarray, (x_train, y_train, x_test, y_test)),
@@ -161,11 +174,32 @@ def from_arrays(
     source="the data",
     names=names,
   )
+  whole = _resized(whole, image_size)
   return _select("arrays", whole, pool_size=pool_size, test_size=test_size, seed=seed)
 
 
-def _read(name: str, *, data_dir, path, columns, cache_dir, image_size) -> Splits:
+def _require_used(
+  name: str, where: dict[str, Any], used: tuple[str, ...], image_size: int | None
+) -> None:
+  """Raises ValueError for the first setting that a source would pass over, or a size of nothing."""
+  if image_size is not None and image_size < 1:
+    raise ValueError(f"data.image_size is {image_size}; it must be at least 1 pixel, or None.")
+  for key, value in where.items():
+    if value is not None and key not in used:
+      value = ",".join(value) if key == "columns" else value
+      others = ", ".join((*used, "image_size", "pool_size", "test_size"))
+      raise ValueError(
+        f"data.{key} is {value}, but the dataset {name!r} has no use for it; leave it out (it "
+        f"takes {others})."
+      )
+
+
+def _read(name: str, *, image_size, **where) -> Splits:
   """All examples of a source."""
+  if name not in WHERE:
+    source = tfds_sets.source(name, where["data_dir"], known=tuple(WHERE))
+  _require_used(name, where, WHERE.get(name, WHERE_TFDS), image_size)
+  path, columns, cache_dir = where["path"], where["columns"], where["cache_dir"]
   if name == "digits":
     return _resized(read_digits(), image_size)
   if name in PATH_NAMES and path is None:
@@ -179,8 +213,6 @@ def _read(name: str, *, data_dir, path, columns, cache_dir, image_size) -> Split
     source = tiny_imagenet.source(path)
   elif name == "image_folder":
     source = image_folder.source(path)
-  else:
-    source = tfds_sets.source(name, data_dir, known=("digits", *PATH_NAMES))
   return cache.decoded(source, image_size=image_size, cache_dir=cache_dir)
 
 
@@ -191,9 +223,12 @@ def _resized(whole: Splits, image_size: int | None) -> Splits:
   images = (whole.train_images, whole.test_images)
   if inputs.kind(images[0].dtype) != "images":
     kind = inputs.kind(images[0].dtype)
-    raise ValueError(f"image_size is {image_size}, but these are {kind}; leave it out.")
+    raise ValueError(f"data.image_size is {image_size}, but these are {kind}; leave it out.")
+  height, width = images[0].shape[1:3]
+  cut = f"all images are {width}x{height} and lose what is beside their middle square."
   train, test = (decode.resized(each, image_size=image_size) for each in images)
-  return dataclasses.replace(whole, train_images=train, test_images=test)
+  notes = (*whole.notes, *([cut] if height != width else []))
+  return dataclasses.replace(whole, train_images=train, test_images=test, notes=notes)
 
 
 def _digits_table() -> np.ndarray:
@@ -257,8 +292,8 @@ def _select(
   num_train, num_test = len(source.train_labels), len(source.test_labels)
   pool_size = num_train if pool_size is None else pool_size
   test_size = num_test if test_size is None else test_size
-  _check_size("pool_size", pool_size, num_train, least=2, split="training")
-  _check_size("test_size", test_size, num_test, least=1, split="test")
+  _check_size("data.pool_size", pool_size, num_train, least=2, split="training")
+  _check_size("data.test_size", test_size, num_test, least=1, split="test")
   if pool_size % 2:
     pool_size -= 1
     notes.append(

@@ -144,7 +144,7 @@ def test_codes_that_were_deleted_do_not_make_old_scores_pass_for_new(copied):
     opened(copied, quantize__calibrate_on="non_members")
 
 
-def test_what_changes_no_result_may_change(copied, tmp_path):
+def test_what_changes_no_result_may_change(copied):
   audit_ = opened(
     copied,
     name="other",
@@ -152,7 +152,6 @@ def test_what_changes_no_result_may_change(copied, tmp_path):
     train__models_together=1,
     train__checkpoint_minutes=1.0,
     queries__batch_size=7,
-    data__cache_dir=str(tmp_path),
     quantize__levels=(3, 4),
     attack__confidence=0.9,
     report__figures=False,
@@ -227,6 +226,55 @@ def test_too_many_calibration_images_are_capped_aloud(tmp_path):
   opened_ = preflight.open_audit(config, tmp_path, listener=lambda e: said.append(e.sentence))
   assert opened_.method_options("obc")["calibration_size"] == 30
   assert "a model has 30 members" in "".join(said)
+
+
+FOUR = (np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 2) * 2
+
+
+@pytest.mark.parametrize(
+  ("given", "sentence"),
+  [
+    ({"data": FOUR[:2]}, "data is a tuple; give the four arrays (x_train, y_train, x_test, y_te"),
+    ({"data": FOUR[0]}, "data is a ndarray; give the four arrays"),
+    ({"data": {"x_train": 1, "y_train": 2}}, "data is a dict of x_train, y_train; give the four"),
+    ({"data": {"name": "digits", "folder": "x"}}, "a dict of name, data_dir, path"),
+    ({"data": {"path": "x"}}, "data.path is x, but the dataset 'digits' has no use for it"),
+    ({"data": FOUR, "data.path": "x"}, "data.path is x, but the dataset 'arrays' has no use"),
+    ({"data": FOUR, "data.image_size": 0}, "data.image_size is 0; it must be at least 1"),
+    ({"data": FOUR, "model": Valid(2), "model.width": 3}, "model.width is given beside model="),
+    ({"model": Valid(10), "model.name": "mlp"}, "model.name is given beside model="),
+  ],
+)
+def test_what_run_would_pass_over_is_refused(tmp_path, given, sentence):
+  with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+    audit.run(settings.load("smoke"), workdir=tmp_path, **given)
+  assert len(str(caught.value).splitlines()) == 1
+  assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_given_arrays_are_scaled(tmp_path):
+  config = tiny_config(data__pool_size=None, data__test_size=None, data__image_size=4)
+  config.quantize.methods = ()
+  with pytest.raises(ValueError, match=r"too small|images of shape \(4, 4, 1\)"):
+    audit.run(config, workdir=tmp_path, data=FOUR, model=NoSize())
+
+
+class NoSize(nn.Module):
+  """Takes images of 8 pixels alone."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2)(x.reshape(len(x), 64))
+
+
+@pytest.mark.parametrize(
+  ("chosen", "key"), [({"models": 4}, "train.models"), ({"quantize.levels": (3,)}, None)]
+)
+def test_settings_that_saved_scores_pass_over_are_refused(tmp_path, chosen, key):
+  key = key or next(iter(chosen))
+  with pytest.raises(ValueError, match=f"^{key} has no use for saved scores"):
+    audit.run_scores({"scores": 1, "members": 1}, workdir=tmp_path / "run", **chosen)
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("where", ["", " ", "gs://bucket/runs", "s3://bucket"])

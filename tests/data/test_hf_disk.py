@@ -18,7 +18,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 
 
 def test_columns_are_for_those_who_have_them():
-  with pytest.raises(ValueError, match=r"data.columns is a,b, but 'digits' has no columns"):
+  with pytest.raises(ValueError, match=r"data.columns is a,b, but the dataset .digits. has no use"):
     load.load("digits", columns=("a", "b"))
 
 

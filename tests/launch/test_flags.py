@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from launch import flags
+from launch import attack, flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -166,3 +166,16 @@ def test_help_explains(launch):
   assert "--workdir" in done.stdout
   assert "train.epochs = 40" in done.stdout
   assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+  ("arguments", "models", "named"),
+  [(("--config.train.epochs=3",), None, "train.epochs"), ((), "runs/other", "--models")],
+)
+def test_flags_without_use_for_saved_scores_are_refused(
+  monkeypatch, tmp_path, arguments, models, named
+):
+  arguments = ("attack", "--scores=x.npz", "--config.attack.fprs=(0.1,)", *arguments)
+  monkeypatch.setattr(flags, "_ARGUMENTS", arguments)
+  with pytest.raises(ValueError, match=f"^{named} has no use for saved scores"):
+    attack.run(None, tmp_path, shard=None, models=models, scores="x.npz")
