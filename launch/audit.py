@@ -12,6 +12,7 @@ import jax
 from launch import flags, progress
 from ptq_jax.audit import preflight, running
 from ptq_jax.audit.layout import variant_name
+from ptq_jax.report import records
 
 
 def run(config, workdir, *, shard, models=None, verify=False, tensorboard=False) -> None:
@@ -24,9 +25,10 @@ def run(config, workdir, *, shard, models=None, verify=False, tensorboard=False)
     raise SystemExit(flags.FAILURE if problems else 0)
   data, train = audit.dataset, config.train
   devices = jax.local_devices()
+  examples = records.EXAMPLES[data.kind]
   against = f"{train.targets} targets" if train.targets else "each of them target once"
   print(
-    f"{config.name}: {len(data.train_labels)} {data.kind} of {data.name} in the pool, "
+    f"{config.name}: {len(data.train_labels)} {examples} of {data.name} in the pool, "
     f"{train.models} models ({config.model.name}), {against}, {train.epochs} epochs.\n"
     f"Quantized as {', '.join(map(variant_name, audit.variants()))}.\n"
     f"Runs on {len(devices)} x {devices[0].device_kind} with JAX {jax.__version__}.\n"

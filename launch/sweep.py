@@ -47,10 +47,10 @@ class Cost:
   """What a point has to compute if nothing is there yet."""
 
   models: int  # shadows and targets
-  images: int  # that all of them train on, repetitions counted
+  examples: int  # that all of them train on, repetitions counted
   training_flops: int
   quantized: int  # models times variants
-  scored: int  # images that all models, in full precision and in each variant, look at
+  scored: int  # examples that all models, in full precision and in each variant, look at
   scoring_flops: int
 
 
@@ -251,13 +251,13 @@ def cost_of(opened: Audit) -> Cost:
   train, pool = config.train, len(data.train_labels)
   models, variants = train.models + train.targets, len(opened.variants())
   steps = batches.steps_per_epoch(pool // 2, batch_size=train.batch_size)
-  images = models * train.epochs * steps * train.batch_size
+  examples = models * train.epochs * steps * train.batch_size
   scored = models * (1 + variants) * (config.queries.views * pool + len(data.test_labels))
   forward = flops.forward(opened.model, image_shape=data.image_shape, dtype=data.fed(1).dtype)
   return Cost(
     models=models,
-    images=images,
-    training_flops=images * flops.TRAINING_FACTOR * forward,
+    examples=examples,
+    training_flops=examples * flops.TRAINING_FACTOR * forward,
     quantized=models * variants,
     scored=scored,
     scoring_flops=scored * forward,
@@ -274,7 +274,7 @@ def describe(points: Sequence[Point]) -> str:
     lines.append(f"  {point.name}: models of training {trainings[point.trained]}{state}")
   models = sum(point.cost.models for point in distinct.values())
   there = sum(map(trained_models, distinct))
-  images = sum(point.cost.images for point in distinct.values())
+  examples = sum(point.cost.examples for point in distinct.values())
   training = sum(point.cost.training_flops for point in distinct.values())
   quantized, scored, scoring = (
     sum(getattr(point.cost, field) for point in points)
@@ -282,9 +282,9 @@ def describe(points: Sequence[Point]) -> str:
   )
   lines += [
     f"Trainings: {len(distinct)}, together {models} models ({there} trained already), "
-    f"{images:,} images, {short(training)}FLOP.",
+    f"{examples:,} examples, {short(training)}FLOP.",
     f"Quantized models: {quantized:,}.",
-    f"Scoring: {scored:,} images, {short(scoring)}FLOP.",
+    f"Scoring: {scored:,} examples, {short(scoring)}FLOP.",
   ]
   return "\n".join(lines)
 

@@ -33,7 +33,7 @@ def _schedule(num_steps, learning_rate, weight, decay_rates):
     "num_steps": (num_steps, "most steps for a unit"),
     "learning_rate": (learning_rate, "of Adam, for the rounding variables"),
     "weight": (weight, "of the rounding term, lambda"),
-    "batch_size": (32, "images of a step; the second-moment form has no batches"),
+    "batch_size": (32, "examples of a step; the second-moment form has no batches"),
     "warmup": (0.2, "share of the steps without the rounding term, in [0, 1)"),
     "beta_start": (20.0, "exponent of the rounding term after the warm-up"),
     "beta_end": (2.0, "and at the end"),
@@ -145,7 +145,7 @@ SETTINGS: dict[str, Any] = {
     "obc": _EVERY_METHOD
     | {
       "damping": (0.0, "share by which the diagonal of the Hessian grows, at first"),
-      "batchnorm": ("members", "whose images give the statistics anew: members, all or none"),
+      "batchnorm": ("members", "whose examples give the statistics anew: members, all or none"),
       "block_size": (Optional(int), "columns between updates of the others; by size if not given"),
     },
   },

@@ -563,7 +563,8 @@ def warnings(
       names = ", ".join(f"{r['unit']} at {r['levels']} levels" for r in idle[:3])
       sentences[records.method_name(method)] = (
         f"{len(idle)} of {len(rows)} units are no better than rounded to the nearest level, for "
-        f"example {names}; more or other calibration images may help."
+        f"example {names}; more or other calibration {records.EXAMPLES[audit.dataset.kind]} "
+        "may help."
       )
   return [
     records.make("warning", about=about, message=message)

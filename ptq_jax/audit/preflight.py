@@ -432,11 +432,12 @@ def _check_model(audit):
   if data.kind == "tokens":
     splits = (data.train_images, data.test_images)
     tables.require_rows(audit.model, variables, np.stack([split.max(axis=0) for split in splits]))
+  scale_up = "; scale them up with data.image_size" if data.kind == "images" else ""
   for layer in audit.layers:
     if not all((*layer.input_shape, *layer.output_shape)):
       raise ValueError(
-        f"images of shape {data.image_shape} are too small for model {name}: nothing is left of "
-        f"them at {layer.path}; scale them up with data.image_size."
+        f"{data.kind} of shape {data.image_shape} are too small for model {name}: nothing is left "
+        f"of them at {layer.path}{scale_up}."
       )
 
 

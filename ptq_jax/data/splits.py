@@ -84,11 +84,11 @@ def _labels(labels: np.ndarray, num_images: int, *, name: str, source: str) -> n
   if labels.ndim == 2 and labels.shape[1] == 1:
     labels = labels[:, 0]
   if not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f"{source}: {name} are {labels.dtype}; pass integers, one class per image.")
+    raise ValueError(f"{source}: {name} are {labels.dtype}; pass integers, one class per example.")
   if labels.shape != (num_images,):
     raise ValueError(
-      f"{source}: {name} have the shape {labels.shape} for {num_images} images; pass one label per "
-      "image."
+      f"{source}: {name} have the shape {labels.shape} for {num_images} examples; pass one label "
+      "per example."
     )
   return labels
 
@@ -99,7 +99,7 @@ def _check_range(
   """Raises for a label outside 0 .. num_classes - 1; `unnamed`: there is one image per class."""
   bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
   if bad.size:
-    classes = f"{num_classes} images and no class_names" if unnamed else f"{num_classes} classes"
+    classes = f"{num_classes} examples and no class_names" if unnamed else f"{num_classes} classes"
     raise ValueError(
       f"{source}: {name} hold {labels[bad[0]]} at index {bad[0]} (and {bad.size - 1} more outside "
       f"the range); with {classes} labels go from 0 to {num_classes - 1}."

@@ -483,7 +483,7 @@ def _run_abstractly(model, variables, images):
   except (nn.module.errors.FlaxError, TypeError, IndexError, AssertionError) as error:
     reason = str(error).split(" (https://")[0] or type(error).__name__
     raise ValueError(
-      f"images of shape {np.shape(images)} do not fit {type(model).__name__}: {reason}"
+      f"inputs of shape {np.shape(images)} do not fit {type(model).__name__}: {reason}"
     ) from error
 
 

@@ -113,14 +113,15 @@ def render(
     tiles=_tiles(records, attack, found.variant, fpr),
     warnings=records_lib.select(records, "warning"),
     exposed=tables.exposed(records),
+    examples=records_lib.examples(records),
     reading=True,
     more=[table for table in more if table.rows],
     settings=_settings(runs[0]) if runs else {},
   )
 
 
-_EMPTY = {"tiles": (), "warnings": (), "exposed": None, "differing": None, "reading": False,
-          "more": (), "settings": {}}  # fmt: skip
+_EMPTY = {"tiles": (), "warnings": (), "exposed": None, "examples": "", "differing": None,
+          "reading": False, "more": (), "settings": {}}  # fmt: skip
 """Parts of the page that not every one has."""
 
 
@@ -188,7 +189,7 @@ def _settings(run: Record) -> dict[str, dict[str, str]]:
   blocks = {
     "Run": {name: run[name] for name in names},
     "Time per stage": {name: duration(seconds) for name, seconds in run["seconds"].items()},
-    "Data": dotted(run["data"]),
+    "Data": {name.replace("image_", ""): fact for name, fact in dotted(run["data"]).items()},
     "Model": dotted(run["model"]),
     "Configuration": dotted(run["config"]),
     "Versions": run["versions"],

@@ -341,6 +341,17 @@ def side_by_side(records: Sequence[Record], *, attack: str | None = None) -> lis
   ]
 
 
+EXAMPLES = {"images": "images", "vectors": "vectors", "tokens": "token sequences"}
+"""What the examples of a data set are in words, by its kind."""
+
+
+def examples(records: Iterable[Record]) -> str:
+  """What the examples of an audit are, in words; "examples" where the records do not say."""
+  data = next((record["data"] for record in select(records, "run")), {})
+  kind = data.get("inputs", "images" if "image_shape" in data else None)  # once there was no other
+  return EXAMPLES.get(kind, "examples")
+
+
 def main_attack(records: Iterable[Record]) -> str:
   """The attack that tables and figures show: the first one recorded."""
   return next((record["attack"] for record in select(records, "leakage")), "lira_online")

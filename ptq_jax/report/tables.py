@@ -284,7 +284,7 @@ def most_exposed(records: Sequence[Record]) -> list[Record]:
 
 
 def exposed(records: Sequence[Record]) -> Table:
-  """The most exposed examples at full precision by their number; no image is shown."""
+  """The most exposed examples at full precision by their number, not shown."""
   columns = [Column("example"), Column("number in\nthe source"), Column("label", words=True)]
   rows = [
     [
@@ -296,7 +296,8 @@ def exposed(records: Sequence[Record]) -> Table:
   ]
   notes = [
     "Example: its row in the pool and in exposure.csv, which has all examples and every bit width;"
-    " number in the source: its place among the training images that were read.",
+    f" number in the source: its place among the training {records_lib.examples(records)} that were"
+    " read.",
   ]
   return Table("The most exposed examples", [*columns, Column("exposure")], rows, notes)
 

@@ -117,12 +117,12 @@ def test_the_plan_counts_each_training_once(tmp_path):
   points = points_of("seed=0,1", "quantize.levels=3,(3,4)", workdir=tmp_path)
   text = sweep.describe(points)
   images = 2 * 6 * 2 * 30  # trainings, models, epochs, members
-  assert f"Trainings: 2, together 12 models (0 trained already), {images:,} images" in text
+  assert f"Trainings: 2, together 12 models (0 trained already), {images:,} examples" in text
   opened = preflight.open_audit(tiny_config(), tmp_path / "one")
   per_image = flops.training(opened.model, image_shape=(8, 8, 1))
   assert sweep.short(images * per_image) + "FLOP" in text
   assert f"Quantized models: {2 * 6 * (1 + 2)}." in text
-  assert f"Scoring: {2 * 6 * (2 + 3) * (2 * 60 + 20):,} images" in text
+  assert f"Scoring: {2 * 6 * (2 + 3) * (2 * 60 + 20):,} examples" in text
 
 
 def modified(root):

@@ -27,7 +27,7 @@ def test_an_audit_of_tokens(tmp_path):
   ]  # fmt: skip
   done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert "80 tokens of npz in the pool" in done.stdout
+  assert "80 token sequences of npz in the pool" in done.stdout
   assert "'stem/position' [1, 4, 4]" in done.stderr  # stays in full precision, and is listed
   found = storage.read_records(tmp_path / "mine" / "results.jsonl")
   leaks = records.select(found, "leakage")

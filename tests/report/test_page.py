@@ -231,3 +231,25 @@ def test_nothing_is_minus_zero(example):
 def test_the_template_refuses_what_it_was_not_given(example):
   with pytest.raises(jinja2.UndefinedError, match="'title' is undefined"):
     page.document(csv="", figures={})
+
+
+@pytest.mark.parametrize("kind", [None, *records.EXAMPLES])
+def test_examples_are_called_what_they_are(example, kind):
+  """Only an audit of images speaks of images; one before there was anything else is of images."""
+  [run_, *rest] = example.audit(methods=("obc",))
+  data = run_["data"] | {"name": "some", **({} if kind is None else {"inputs": kind})}
+  named = [{"example": 3, "source_example": 5, "label": "0", "exposure": 2.0}]
+  exposure = {"levels": None, "last_layer_levels": None, "attacker": "full_precision",
+              "attack": "lira_online", "top": 1, "num_examples": 9,
+              "jaccard": example.rate(1.0)}  # fmt: skip
+  exposed = records.make("exposure", method="none", examples=named, **exposure)
+  text = " ".join(
+    "".join(Reader(page.render([run_ | {"data": data}, *rest, exposed], {})).text).split()
+  )
+  words = {"tokens": "token sequences", "vectors": "vectors"}.get(kind, "images")
+  assert f"Training {words} may be personal data" in text
+  assert f"its place among the training {words} that were read" in text
+  assert ("report.show_images=True" in text) == (words == "images")
+  if words != "images":
+    assert "image" not in text.lower()
+  assert records.examples([]) == "examples"
