@@ -305,6 +305,7 @@ def results(studies: Studies, *, narrow: bool = False) -> Table:
   """
   fpr = headline_fpr(studies)
   attackers = ("full_precision", "best") if narrow else tuple(records_lib.COMPARED)
+  attackers = records_lib.counted_first(attackers)
   rows = {name: records_lib.side_by_side(records) for name, records in studies.items()}
   judged = {name: verdicts(records, fpr) for name, records in studies.items()}
   found = {

@@ -160,7 +160,8 @@ def _tiles(
   rows = {row.variant: row for row in records_lib.side_by_side(records, attack=attack)}
   shown = [(row, row.counted) for row in rows.values() if row.variant.method == "none"][:1]
   if variant in rows:
-    shown += [(rows[variant], record) for record in rows[variant].shown]
+    row = rows[variant]
+    shown += [(row, r) for r in sorted(row.shown, key=lambda record: record is not row.counted)]
   return [
     {
       "variant": records_lib.describe(row.variant),

@@ -34,6 +34,9 @@ ATTACKERS = {
 """Who attacks. The best is one of those before it with one of the attacks, chosen by the attacker
 for each target among models whose membership it knows; verdicts count with it."""
 
+COUNTED = ("best", "matched", "full_precision", "given")
+"""The first of these that there is, is the one that verdicts count with."""
+
 COMPARED = {
   "full_precision": "scores as they are",
   "rescaled": "scores rescaled",
@@ -101,7 +104,7 @@ class Row(NamedTuple):
 
     Without one, of the attacker who knows most; never of whoever happens to find most.
     """
-    return self.best or self.matched or self.full_precision or self.given or {}
+    return next(filter(None, (getattr(self, who) for who in COUNTED)), {})
 
 
 class Difference(NamedTuple):
@@ -339,6 +342,17 @@ def side_by_side(records: Sequence[Record], *, attack: str | None = None) -> lis
     Row(which, *(found.get((which, attacker)) for attacker in Row._fields[1:]))
     for which in variants(leakage)
   ]
+
+
+def counted_first(attackers: Iterable[str]) -> list[str]:
+  """The same, but first the one that verdicts count with, the others as they were.
+
+  >>> counted_first(["full_precision", "matched", "best"])
+  ['best', 'full_precision', 'matched']
+  """
+  attackers = list(attackers)
+  first = next((who for who in COUNTED if who in attackers), None)
+  return sorted(attackers, key=lambda who: who != first)
 
 
 EXAMPLES = {"images": "images", "vectors": "vectors", "tokens": "token sequences"}

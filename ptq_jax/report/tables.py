@@ -69,7 +69,9 @@ def results(
   fprs: Sequence[float] = (0.01, 0.001),
   narrow: bool = False,
 ) -> Table:
-  """The result table: accuracy beside leakage to both attackers, one row per variant.
+  """The result table: accuracy beside leakage to each attacker, one row per variant.
+
+  First the attacker who counts, with the change from full precision.
 
   Args:
     records: any records; the leakage records are shown.
@@ -85,12 +87,14 @@ def results(
   columns = [*variant_columns(), Column("test\naccuracy %")]
   columns += [Column("member\naccuracy %")] if fitted else []
   groups = [who for who in Row._fields[1:] if any(getattr(row, who) for row in rows)]
+  groups = records_lib.counted_first(groups)
   if narrow and "best" in groups:
     groups.remove("matched")
   for who in groups:
     group = records_lib.ATTACKERS[who]
     columns += [Column("AUC", group), *(_rate_column(fpr, group) for fpr in fprs)]
-  columns += map(Column, ("change", "under-\nestimate", "epsilon\nat least", "size\nkB"))
+    columns += [Column("change", group)] if who == groups[0] else []
+  columns += map(Column, ("under-\nestimate", "epsilon\nat least", "size\nkB"))
   changes, gaps = (
     records_lib.surely({row.variant: found(row) for row in rows} if headline else {})
     for found in (
@@ -108,7 +112,8 @@ def results(
         line += [Cell(SAME if same else MISSING)] * (1 + len(fprs))
       else:
         line += [auc_cell(record), *(rate_cell(record, fpr) for fpr in fprs)]
-    line += [change_cell(found.get(row.variant), headline) for found in (changes, gaps)]
+      line += [change_cell(changes.get(row.variant), headline)] if who == groups[0] else []
+    line.append(change_cell(gaps.get(row.variant), headline))
     size, bound = row.either["size_kb"], row.counted.get("epsilon") or {}
     line.append(_value_cell(bound.get("epsilon"), ".2f"))
     line.append(_value_cell(size, ",.1f" if size is not None and size < 1000 else ",.0f"))

@@ -68,6 +68,13 @@ def test_tiles_say_whose_number_they_show(example):
   for found, words in (([plain], "full-precision shadows"), ([plain, best], "best attacker")):
     [tile] = page._tiles(found, "lira_online", None, 0.01)
     assert tile["attacker"] == words
+  variant = records.Variant("obc", 3, 3)
+  whose = ("full_precision", "matched", "best")
+  quantized = [example.leakage(*variant, who) for who in whose]
+  tiles = page._tiles([plain, *quantized], "lira_online", variant, 0.01)
+  assert [tile["attacker"] for tile in tiles[1:]] == [
+    records.ATTACKERS[who] for who in ("best", *whose[:2])
+  ]
 
 
 def test_the_page_needs_nothing_else(rendered):
@@ -158,7 +165,7 @@ def test_whiskers_share_a_scale_between_attackers(example):
     fprs=(0.01,),
   )
   shown = re.findall(r"--low:([\d.]+)%;--size:([\d.]+)%;--value:([\d.]+)%", page.table_html(table))
-  plain, matched = np.array(shown[1], float), np.array(shown[3], float)
+  matched, plain = np.array(shown[1], float), np.array(shown[3], float)
   np.testing.assert_allclose(plain, 100 * np.array([0.09, 0.02, 0.1]) / 0.22, atol=0.06)
   np.testing.assert_allclose(matched, 100 * np.array([0.18, 0.04, 0.2]) / 0.22, atol=0.06)
 

@@ -43,8 +43,8 @@ def test_results_show_both_attackers_side_by_side(example):
   assert cell(table, 1, "TPR % at\n1% FPR", MATCHED)[:2] == ("4.0", "3.6\u20134.4")
   assert cell(table, 1, "under-\nestimate")[:2] == ("+2.0", "1.8\u20132.2")
   assert cell(table, 1, "under-\nestimate").mark == ""
-  assert cell(table, 1, "change")[:2] == ("-0.1", "-0.3 to 0.1")
-  assert cell(table, 1, "change").mark == "≈"
+  assert cell(table, 1, "change", MATCHED)[:2] == ("-0.1", "-0.3 to 0.1")
+  assert cell(table, 1, "change", MATCHED).mark == "≈"
   assert cell(table, 0, "AUC", MATCHED).text == tables.SAME
   assert cell(table, 0, "under-\nestimate").text == tables.MISSING
   assert table.notes[0] == "Intervals: over examples and models, 95 %."
@@ -64,6 +64,28 @@ def test_differences_that_may_be_zero_are_marked(example):
   table = tables.results(pair)
   assert cell(table, 0, "under-\nestimate").mark == "≈"
   assert "≈" in tables.to_text(table)
+
+
+@pytest.mark.parametrize(
+  ("attackers", "first"),
+  [(("full_precision", "matched", "best"), "best"), (("full_precision", "matched"), "matched")],
+)
+def test_who_counts_stands_first_with_the_change(example, attackers, first):
+  """Of a wide table, what stands first is what is seen."""
+  fields = {"minus_full_precision": example.differences(-0.02, fpr=0.001)}
+  found = [example.leakage("obc", 3, 3, who, **fields) for who in attackers]
+  names = [records.ATTACKERS[who] for who in attackers]
+  for narrow in (False, True):
+    table = tables.results(found, narrow=narrow)
+    groups = list(dict.fromkeys(c.group for c in table.columns if c.group))
+    assert groups[0] == records.ATTACKERS[first]
+    assert cell(table, 0, "change", groups[0]).text == "-2.00"
+    assert [column.name for column in table.columns].count("change") == 1
+    if not narrow:
+      assert groups[1:] == [name for name in names if name != groups[0]]
+    for write in (tables.to_text, tables.to_markdown, tables.to_latex):
+      places = [write(table._replace(notes=[])).index(name) for name in groups]
+      assert places == sorted(places)
 
 
 def test_thresholds_classes_and_epsilon_are_shown(example):
@@ -339,7 +361,7 @@ def test_marks_that_all_numbers_carry_go_to_the_heading(example):
   weak = example.leakage(non_members=2_000)
   lifted = tables.lift_marks(tables.results([weak, example.leakage("obc", 3, 3, "matched")]))
   own, other = ([c.mark for c in lifted.columns if c.group == group] for group in (FULL, MATCHED))
-  assert (own, other) == (["", "", "†"], ["", "", ""])
+  assert (own, other) == (["", "", "†"], ["", "", "", ""])
   assert {cell.mark for row in lifted.rows for cell in row} == {""}
   table = tables.results([weak, example.leakage("obc", 3, 3)])
   assert tables.lift_marks(table) == table
@@ -364,7 +386,7 @@ def test_latex_escapes_and_keeps_its_columns(example):
   assert "a\\_b\\&<50\\%>\\$x\\textasciicircum 2\\$\\{\\}" in rows[1]
   assert "0.760 (0.753\u20130.768)" in rows[0]
   assert "+0.10 (-0.10 to 0.30)$\\approx$" in rows[1]
-  assert "\\multicolumn{3}{c}{matched shadows}" in start
+  assert "\\multicolumn{4}{c}{matched shadows}" in start
   assert all(line.startswith("%") for line in start.split("\\begin")[0].splitlines())
   assert tables.to_latex(tables.results([example.run()])).endswith(": none recorded.\n")
 
