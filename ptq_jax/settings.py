@@ -65,11 +65,15 @@ SETTINGS: dict[str, Any] = {
     "name": (
       "digits",
       "digits, npz (images, vectors or token ids), tiny_imagenet, image_folder, hf_disk (a folder "
-      "of Hugging Face's datasets), or a set of TensorFlow Datasets",
+      "of Hugging Face's datasets), package.module:function (two sources of yours, of grain or "
+      "array_record, say), or a set of TensorFlow Datasets",
     ),
     "data_dir": (Optional(str), "folder of TensorFlow Datasets; its own default if not given"),
-    "path": (Optional(str), "of npz, tiny_imagenet, image_folder and hf_disk"),
-    "columns": (Optional(tuple), "of hf_disk: INPUT,LABEL; by their types if not given"),
+    "path": (Optional(str), "of npz, tiny_imagenet, image_folder and hf_disk; of a function"),
+    "columns": (
+      Optional(tuple),
+      "of hf_disk, of a function: INPUT,LABEL; by their types if not given",
+    ),
     "cache_dir": (Optional(str), "of decoded images; beside the data if not given"),
     "pool_size": (
       Optional(int),

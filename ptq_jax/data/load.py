@@ -20,6 +20,7 @@ from ptq_jax.data import (
   image_folder,
   inputs,
   npz,
+  own,
   splits,
   tfds_sets,
   tiny_imagenet,
@@ -43,9 +44,11 @@ WHERE = {
   "image_folder": ("path", "cache_dir"),
   "hf_disk": ("path", "columns", "cache_dir"),
 }
-"""What a source uses of the settings that say where and how data lies; others take `WHERE_TFDS`."""
+"""What a source uses of the settings that say where and how data lies; others take
+`WHERE_OWN` (functions) or `WHERE_TFDS`."""
 
 WHERE_TFDS = ("data_dir", "cache_dir")
+WHERE_OWN = ("path", "columns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +121,13 @@ def load(
       "tiny_imagenet": the official zip archive, or the folder in it;
       "image_folder": train/<class>/* and test/<class>/* (or val/), a folder or a zip archive;
       "hf_disk": a folder that `datasets.DatasetDict.save_to_disk` wrote, see `hf_disk`;
+      "package.module:function": of yours, which gives two sources of examples, see `own`;
       or an image classification set of TensorFlow Datasets, such as "cifar10" or "cifar100:3.0.2",
       prepared as array_record in `data_dir` (TensorFlow is not needed).
     data_dir: of TensorFlow Datasets; None for its own default.
-    path: of "npz", "tiny_imagenet", "image_folder" and "hf_disk".
-    columns: of "hf_disk", the names of the input and of the label; None: by their types.
+    path: of "npz", "tiny_imagenet", "image_folder", "hf_disk" and what your function takes.
+    columns: of "hf_disk" and of dicts of your function's, the names of the input and of the label;
+      None: by their types.
     cache_dir: where decoded images are kept as uint8; None for beside the data. See
       `cache.decoded`.
     pool_size: examples from which members are drawn, the first of a shuffle of the training split
@@ -196,14 +201,17 @@ def _require_used(
 
 def _read(name: str, *, image_size, **where) -> Splits:
   """All examples of a source."""
-  if name not in WHERE:
+  is_own = own.is_own(name)
+  if name not in WHERE and not is_own:
     source = tfds_sets.source(name, where["data_dir"], known=tuple(WHERE))
-  _require_used(name, where, WHERE.get(name, WHERE_TFDS), image_size)
+  _require_used(name, where, WHERE.get(name, WHERE_OWN if is_own else WHERE_TFDS), image_size)
   path, columns, cache_dir = where["path"], where["columns"], where["cache_dir"]
   if name == "digits":
     return _resized(read_digits(), image_size)
   if name in PATH_NAMES and path is None:
     raise ValueError(f"the dataset {name!r} needs a path: {PATH_NAMES[name]}.")
+  if is_own:
+    return _resized(own.read(name, path=path, columns=columns), image_size)
   if name == "npz":
     return _resized(read_npz(path), image_size)
   if name == "hf_disk":
