@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ptq_jax import settings
+from ptq_jax import settings, storage
 from ptq_jax.audit import stopping, work
 
 USER_ERROR, FAILURE = 2, 1
@@ -139,8 +139,7 @@ def use_compilation_cache(directory: str | None) -> None:
   import jax
 
   if directory is None:
-    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "ptq_jax", "jax"))
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(storage.user_cache() / "jax"))
   if directory:
     jax.config.update("jax_compilation_cache_dir", directory)
     # Small programs too: there are hundreds, and to read one takes a fraction of compiling it.

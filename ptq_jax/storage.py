@@ -35,6 +35,11 @@ class CorruptFileError(ValueError):
   """A file or checkpoint of ours that exists but does not hold what was written."""
 
 
+def user_cache() -> Path:
+  """Where this user's programs keep what they can make again: this one's folder."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ptq_jax"
+
+
 @contextlib.contextmanager
 def replacing(path: Path | str, *, num_bytes: int | None = None) -> Iterator[Path]:
   """Yields a temporary path beside `path`; renames it to `path` when the block ends well.
