@@ -32,7 +32,6 @@ from launch import flags as launching
 from ptq_jax import settings, storage
 from ptq_jax.audit import preflight, work
 from ptq_jax.audit.layout import Audit
-from ptq_jax.data import batches
 from ptq_jax.models import flops
 from ptq_jax.report import records, tables
 
@@ -250,14 +249,12 @@ def cost_of(opened: Audit) -> Cost:
   config, data = opened.config, opened.dataset
   train, pool = config.train, len(data.train_labels)
   models, variants = train.models + train.targets, len(opened.variants())
-  steps = batches.steps_per_epoch(pool // 2, batch_size=train.batch_size)
-  examples = models * train.epochs * steps * train.batch_size
   scored = models * (1 + variants) * (config.queries.views * pool + len(data.test_labels))
   forward = flops.forward(opened.model, image_shape=data.image_shape, dtype=data.fed(1).dtype)
   return Cost(
     models=models,
-    examples=examples,
-    training_flops=examples * flops.TRAINING_FACTOR * forward,
+    examples=opened.training_images,
+    training_flops=opened.training_flop,
     quantized=models * variants,
     scored=scored,
     scoring_flops=scored * forward,

@@ -37,14 +37,15 @@ from ptq_jax.audit import events, work
 from ptq_jax.audit.work import Chunk, Work
 from ptq_jax.data import augment, batches, load
 from ptq_jax.metrics import leakage
-from ptq_jax.models import call, conv, predict, units
+from ptq_jax.models import call, conv, flops, predict, units
 from ptq_jax.quantize import METHODS, pack, plan
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer
 
 FULL_PRECISION = Variant("none", None, None)
 
-OPERATIONAL = ("models", "targets", "models_per_chunk", "models_together", "checkpoint_minutes")
+OPERATIONAL = ("models", "targets", "models_per_chunk", "models_together", "cache_dir",
+               "checkpoint_minutes")  # fmt: skip
 """Settings of training on which no model depends, or which the work list keeps."""
 
 OPERATIONAL_OPTIONS = ("memory_bytes", "strict")
@@ -115,6 +116,25 @@ class Audit:
       lowering=train.lowering if train.lowering in conv.LOWERINGS else None,
       dtype=str(data.train_images.dtype),
     )
+
+  @property
+  def training_images(self) -> int:
+    """Images that all models train on, repetitions counted."""
+    train, pool = self.config.train, len(self.dataset.train_labels)
+    steps = batches.steps_per_epoch(pool // 2, batch_size=train.batch_size)
+    return (train.models + train.targets) * train.epochs * steps * train.batch_size
+
+  @property
+  def training_flop(self) -> int:
+    """Of training all models from scratch.
+
+    Raises:
+      ValueError: for layers that cannot be counted.
+    """
+    data = self.dataset
+    dtype = data.fed(1).dtype
+    image = flops.training(self.model, image_shape=data.image_shape, dtype=dtype)
+    return self.training_images * image
 
   @functools.cached_property
   def layers(self) -> list[units.Layer]:
