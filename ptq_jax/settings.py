@@ -111,8 +111,20 @@ SETTINGS: dict[str, Any] = {
       "of training images: flip, crop4, shift1, ...; vectors and tokens have none",
     ),
     "models_per_chunk": (AUTO, "models of one folder and one process: a number, or auto"),
-    "models_together": (AUTO, "models of one program on one device: a number, or auto"),
-    "lowering": ("auto", "of many models' convolutions: auto, measure, unrolled, patches, grouped"),
+    "models_together": (
+      AUTO,
+      "models of one program on one device: a number, auto or measure, see train.lowering",
+    ),
+    "lowering": (
+      "auto",
+      "of many models' convolutions: unrolled, patches or grouped; measure: what is fastest in "
+      "real steps, with models_together unless that is a number; auto: a rule, but measure where "
+      "training on an accelerator is reckoned to take ten minutes or more",
+    ),
+    "cache_dir": (
+      Optional(str),
+      "of what was measured; ~/.cache/ptq_jax/measured if not given, '' for none",
+    ),
     "checkpoint_minutes": (5.0, "between checkpoints"),
   },
   "queries": {

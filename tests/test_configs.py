@@ -88,7 +88,7 @@ def test_a_recipe_changes_how_models_are_trained_and_nothing_else(name):
 def test_the_paper_s_protocol(name):
   """Section by section what arXiv 2512.15335 and its public code do."""
   config = load(name, "paper")
-  speed = ("models_per_chunk", "models_together", "lowering", "checkpoint_minutes")
+  speed = ("models_per_chunk", "models_together", "lowering", "cache_dir", "checkpoint_minutes")
   train = settings.named(config.train, "muon", *speed)
   assert train == {
     "optimizer": "sgd",

@@ -7,7 +7,7 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 from ptq_jax import settings, storage
 from ptq_jax.attack import protocol
-from ptq_jax.audit import reporting, work
+from ptq_jax.audit import measuring, reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment
 from ptq_jax.models import call, conv, parallel, tables
@@ -78,7 +78,7 @@ def open_audit(
       data=audit.dataset.fingerprint,
       counts=counts,
       pool_size=len(audit.dataset.train_labels),
-      sizes=lambda models: sizes(audit, models),
+      sizes=functools.partial(sizes, audit),
     )
     vars(audit)["work"] = found
     if found.random != work.random_sample() and not computed(audit):
@@ -181,20 +181,18 @@ def _younger(stored, current):
 # ---- how models are divided ----
 
 
-def sizes(audit: Audit, num_models: int) -> work.Sizes:
+def sizes(audit: Audit, num_models: int, begun: Sequence[work.Chunk] = ()) -> work.Sizes:
   """Models of a chunk and of a program: the config's numbers, or with "auto" so that all work.
 
   A chunk is what one process takes at once; all processes of `shard` should get some.
   """
   train, devices = audit.config.train, jax.local_devices()
-  total, together = len(devices) * audit.shard.count, train.models_together
   if train.models_per_chunk != "auto":
-    per_chunk = train.models_per_chunk
-    mesh = parallel.mesh_for(min(per_chunk, num_models))
-    if together == "auto":
-      together = _together(audit, min(per_chunk, num_models), mesh)
-    return work.Sizes(per_chunk, together)
-  at_most = -(-num_models // total)
+    share = min(train.models_per_chunk, num_models)
+    if devices[0].platform != "cpu":  # whose virtual devices should change nothing
+      share = -(-share // len(devices))
+    return _sizes(audit, train.models_per_chunk, num_models, share, begun)
+  at_most = -(-num_models // (len(devices) * audit.shard.count))
   if devices[0].platform == "cpu":
     at_most = min(at_most, CPU_CHUNK)
   found = shadows.largest_chunk(
@@ -205,18 +203,12 @@ def sizes(audit: Audit, num_models: int) -> work.Sizes:
     memory_bytes=parallel.device_memory_bytes() * 9 // 10,
     at_most=at_most,
   )
-  per_chunk = found * len(devices)
-  if together == "auto":
-    together = _together(audit, found, None)
-  return work.Sizes(per_chunk, together)
+  return _sizes(audit, found * len(devices), num_models, found, begun)
 
 
-def _together(audit, num_models, mesh):
-  """On a CPU the same for any number of devices, so that its virtual ones change nothing."""
-  if jax.default_backend() == "cpu":
-    mesh = None
-  shape = audit.dataset.image_shape
-  return shadows.models_together(audit.recipe, num_models, image_shape=shape, mesh=mesh)
+def _sizes(audit, per_chunk, num_models, share, begun):
+  chosen = measuring.choose(audit, min(per_chunk, num_models), share=share, begun=begun)
+  return work.Sizes(per_chunk, *chosen)
 
 
 # ---- the settings ----
@@ -282,15 +274,17 @@ def _between(test, words):
 def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   """Keys whose values must lie in a range, with the test and the range in words."""
 
-  def division(value):
-    return value == "auto" or (isinstance(value, int) and value >= 1)
+  def division(*words):
+    return lambda value: value in words or (isinstance(value, int) and value >= 1)
 
   yield "train.models", *_at_least(2)
   yield "train.targets", *_at_least(0)
   yield "train.label_smoothing", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
   yield "train.checkpoint_minutes", *_between(lambda v: v > 0, "above 0")
-  for key in ("models_per_chunk", "models_together"):
-    yield f"train.{key}", division, "a number of models, or auto for as many as fit"
+  demand = "a number of models, or auto for as many as fit"
+  yield "train.models_per_chunk", division("auto"), demand
+  demand = "a number of models, auto or measure"
+  yield "train.models_together", division("auto", "measure"), demand
   lowerings = ("auto", "measure", *conv.LOWERINGS)
   yield "train.lowering", lambda v: v in lowerings, f"one of {', '.join(lowerings)}"
   yield "queries.views", *_at_least(1)

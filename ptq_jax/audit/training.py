@@ -115,31 +115,6 @@ def restore(audit: Audit, chunk: Chunk, checkpoints: storage.Checkpoints, like, 
   return saved
 
 
-def recipe_of(audit: Audit, chunk: Chunk, stage: Stage) -> fit.Recipe:
-  """The audit's recipe; with train.lowering="measure" it has what was fastest on this chunk.
-
-  Measured once per folder of models and kept in lowering.json there, so that all of it computes as
-  it began.
-  """
-  if audit.config.train.lowering != "measure":
-    return audit.recipe
-  path = audit.trained / "lowering.json"
-  with work.locked(audit.trained / "locks" / "lowering"):
-    try:
-      lowering = storage.read_json(path)["lowering"]
-    except (FileNotFoundError, storage.CorruptFileError, KeyError):
-      keys, *data = inputs(audit, chunk)
-      mesh = parallel.mesh_for(-(-len(chunk) // chunk.together))
-      rates = shadows.lowering_rates(keys, audit.recipe, *data, mesh=mesh, together=chunk.together)
-      lowering = max(rates, key=rates.get)
-      if not rates[lowering]:  # none fits; training will say so and go on with fewer models
-        return audit.recipe
-      each = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-      stage.say(f"convolutions of {len(chunk)} models: {lowering} is fastest (images/s: {each}).")
-      storage.write_json(path, {"lowering": lowering, "images_per_s": rates})
-  return audit.recipe._replace(lowering=lowering)
-
-
 def inputs(audit: Audit, chunk: Chunk) -> tuple:
   """Keys, images, labels and members of a chunk, as `shadows.dispatches` takes them."""
   members = membership.members_of(audit.members[chunk.group][chunk.first : chunk.last])
@@ -157,7 +132,9 @@ def train_updates(audit: Audit, chunk: Chunk, stage: Stage, stopped) -> fit.Stat
   Returns its states on the host.
   """
   train = audit.config.train
-  recipe, (keys, *data) = recipe_of(audit, chunk, stage), inputs(audit, chunk)
+  recipe, (keys, *data) = audit.recipe, inputs(audit, chunk)
+  if chunk.lowering:
+    recipe = recipe._replace(lowering=chunk.lowering)
   steps = data[-1].shape[1] // recipe.batch_size
   directory = audit.model_directory(chunk) / "training"
   with storage.Checkpoints(directory) as checkpoints:

@@ -52,6 +52,8 @@ class Chunk:
   together: int = dataclasses.field(default=1, compare=False)
   """Models of one program on one device. Only rounding depends on it, but training amplifies that,
   so it is kept for ever."""
+  lowering: str | None = dataclasses.field(default=None, compare=False)
+  """Of their convolutions, likewise; None: as the config says, or by the rule."""
 
   @property
   def name(self) -> str:
@@ -70,6 +72,7 @@ class Sizes(NamedTuple):
 
   per_chunk: int
   together: int
+  lowering: str | None = None  # see `Chunk`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,7 @@ def settle(
   data: str,
   counts: Mapping[str, int],
   pool_size: int,
-  sizes: Callable[[int], Sizes],
+  sizes: Callable[..., Sizes],
 ) -> Work:
   """The work list of a folder of models: read back, begun, grown, or cut back where none trained.
 
@@ -159,7 +162,7 @@ def settle(
     data: fingerprint of the data.
     counts: models by group.
     pool_size: E.
-    sizes: of the new chunks of so many models; called only if there are any.
+    sizes: of the new chunks of so many models, beside those begun; called only if there are any.
   Raises:
     ValueError: for models whose work list is lost, one that would shrink, or random numbers that
       this JAX draws differently.
@@ -178,7 +181,9 @@ def settle(
     for group, rows in members.items():
       kept = _kept(directory, work, group, members)
       chunks += kept
-      chunks += new_chunks(group, len(rows), kept, sizes=sizes)
+      begun = (*(work.chunks if work else ()), *chunks)
+      beside = functools.partial(sizes, begun=begun)
+      chunks += new_chunks(group, len(rows), kept, sizes=beside)
     if work is not None:
       kept = set(chunks)
       lost = [c for c in work.chunks if c not in kept and trained_anything(directory, c)]
@@ -234,7 +239,8 @@ def new_chunks(
       size = sizes(count)
       for first in range(position, known.first, size.per_chunk):
         last = min(first + size.per_chunk, known.first)
-        chunks.append(Chunk(group, first, last, min(size.together, last - first)))
+        together = min(size.together, last - first)
+        chunks.append(Chunk(group, first, last, together, size.lowering))
     position = known.last
   return chunks
 

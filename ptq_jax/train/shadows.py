@@ -189,42 +189,73 @@ def _first(tree, count):
   return tree if trees.length(tree) == count else trees.take(tree, slice(count))
 
 
-def lowering_rates(
+MEASURED_STEPS = 4
+"""Of training that are timed at least, twice."""
+
+WORTH_MORE = 1.05
+"""So many times as fast as fewer models together must a lowering be, that still more are tried."""
+
+
+def training_rates(
   keys: Keys,
   recipe: fit.Recipe,
-  images: Shaped[Array, "E ..."],
-  labels: Int[Array, "E"],
-  members: Int[Array, "M n"],
+  images: Shaped[ArrayLike, "E ..."],
+  labels: Int[ArrayLike, "E"],
+  members: Int[ArrayLike, "M n"],
   *,
-  steps: int = 4,
-  mesh: Mesh | None = None,
-) -> dict[str, float]:
-  """Images per second with which models train for each of `conv.LOWERINGS`, measured here.
+  together: Sequence[int],
+  lowerings: Sequence[str] = conv.LOWERINGS,
+) -> dict[tuple[int, str], float]:
+  """Images per second of all models by how many share a program and how convolutions are lowered.
 
   What is fastest alone need not be so between the other layers of a network; this times real steps
-  of training, after compiling and running them once. One that does not fit into memory gets 0.
+  of training on all local devices, in the programs that training runs, after compiling them. A
+  lowering that gains nothing from company is not tried with more models; a pair that does not fit
+  into memory gets 0. One model alone has no "grouped" beside "unrolled": it is the same.
 
   Args:
-    keys, recipe, images, labels, members, mesh: as in `epochs`; the recipe's lowering is not used.
-    steps: of training that are timed, at most those of an epoch.
+    keys, recipe, images, labels, members: as in `dispatches`; the recipe's lowering is not used.
+    together: models of one program on one device, ascending.
+    lowerings: of `conv.LOWERINGS`.
   """
-  members = members[:, : steps * recipe.batch_size]
-  images_seen = len(members) * members.shape[1]
-  rates = {}
-  for lowering in conv.LOWERINGS:
-    tried = recipe._replace(lowering=lowering)
-    states = init(keys, tried, image_shape=images.shape[1:])
-    marks = [time.perf_counter()]
-    try:
-      for epoch in epochs(states, keys, tried, images, labels, members, first=0, last=3, mesh=mesh):
-        jax.block_until_ready(epoch.metrics)
-        marks.append(time.perf_counter())
-      rates[lowering] = images_seen / min(marks[2] - marks[1], marks[3] - marks[2])
-    except jax.errors.JaxRuntimeError as error:
-      if not parallel.is_out_of_memory(error):
-        raise
-      rates[lowering] = 0.0
+  rates: dict[tuple[int, str], float] = {}
+  left = list(lowerings)
+  for count in together:
+    before = max(rates.values(), default=0.0)
+    for lowering in left:
+      if count > 1 or lowering != "grouped" or "unrolled" not in left:
+        tried = recipe._replace(lowering=lowering)
+        rates[count, lowering] = _rate(keys, tried, images, labels, members, together=count)
+    if count > 1:
+      left = [each for each in left if rates[count, each] >= WORTH_MORE * before]
   return rates
+
+
+def _rate(keys, recipe, images, labels, members, *, together):
+  """Images per second of useful work, from the models of one round; 0 if they do not fit."""
+  num_models = len(keys)
+  mesh = parallel.mesh_for(-(-num_models // together))
+  rounds = parallel.rounds(num_models, together=together, mesh=mesh)
+  keys, members = keys[rounds[0]], members[rounds[0]]
+  speeds: list[float] = []  # updates per second
+  options = {"together": together, "mesh": mesh}
+  options |= {"first": 0, "last": 3 * (MOST_STEPS + MEASURED_STEPS)}
+  try:
+    states = init(keys, recipe, image_shape=images.shape[1:])
+    mark, before = time.perf_counter(), 0
+    for done in dispatches(states, keys, recipe, images, labels, members, **options):
+      if done.step - before >= MEASURED_STEPS:
+        jax.block_until_ready((done.rounds, done.metrics))
+        now = time.perf_counter()
+        speeds.append((done.step - before) / (now - mark))
+        mark, before = now, done.step
+      if len(speeds) == 3:  # the first compiles
+        break
+  except jax.errors.JaxRuntimeError as error:
+    if not parallel.is_out_of_memory(error):
+      raise
+    return 0.0
+  return max(speeds[1:]) * recipe.batch_size * num_models / len(rounds)
 
 
 def largest_chunk(

@@ -114,7 +114,7 @@ def test_a_bad_value_is_one_sentence_and_writes_nothing(tmp_path, key, value):
 
 def test_every_key_is_tried():
   known = settings.dotted(settings.plain(settings.audit_defaults()))
-  free = {"name", "seed", "data.data_dir", "data.cache_dir", "train.nesterov"}
+  free = {"name", "seed", "data.data_dir", "data.cache_dir", "train.nesterov", "train.cache_dir"}
   assert known.keys() - free <= BAD.keys()
 
 
@@ -151,6 +151,7 @@ def test_what_changes_no_result_may_change(copied):
     train__models_per_chunk=2,
     train__models_together=1,
     train__checkpoint_minutes=1.0,
+    train__cache_dir=str(tmp_path),
     queries__batch_size=7,
     quantize__levels=(3, 4),
     attack__confidence=0.9,

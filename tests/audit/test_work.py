@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from ptq_jax import storage
 from ptq_jax.audit import work
 from ptq_jax.audit.work import Chunk, Sizes
 
@@ -25,7 +26,7 @@ def settle(directory, shadows=8, targets=0, *, per_chunk=4, together=2, training
     data="data",
     counts={"shadows": shadows, "targets": targets},
     pool_size=20,
-    sizes=lambda models: Sizes(per_chunk, together),
+    sizes=lambda models, begun: Sizes(per_chunk, together),
   )
 
 
@@ -48,7 +49,7 @@ def test_what_was_begun_is_read_back_whatever_is_asked_now(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("there", "wrong"), [('"seed": 0', '"seed": 1'), ("      2\n", "      3\n")]
+  ("there", "wrong"), [('"seed": 0', '"seed": 1'), ("      2,\n", "      3,\n")]
 )
 def test_a_changed_digit_in_the_work_list_is_made_good(tmp_path, there, wrong):
   """It is not taken for another audit's, nor for models divided otherwise."""
@@ -73,6 +74,16 @@ def test_each_file_makes_the_other(tmp_path, lost, how):
   assert dataclasses.replace(again, members={}) == dataclasses.replace(begun, members={})
   assert work.read(tmp_path).chunks == begun.chunks
   assert path.exists()
+
+
+def test_a_list_from_before_lowerings_were_in_it_is_read(tmp_path):
+  begun = settle(tmp_path)
+  document = storage.read_json(tmp_path / "work.json")
+  document["chunks"] = [chunk[:-1] for chunk in document["chunks"]]
+  storage.write_json(tmp_path / "work.json", document)
+  again = work.read(tmp_path)
+  assert again.chunks == begun.chunks
+  assert [chunk.lowering for chunk in again.chunks] == [None, None]
 
 
 def test_models_are_added_at_the_end(tmp_path):

@@ -247,21 +247,62 @@ def test_lowering_is_what_the_recipe_says(setup):
   assert convolutions["unrolled"] == MODELS * convolutions["grouped"] > 0
 
 
-def test_every_lowering_is_timed_and_one_without_room_is_0(setup, monkeypatch):
+def timed(setup, monkeypatch, speeds, **options):
+  """What `training_rates` makes of updates that take no time but 1 / speeds[pair] seconds each."""
   recipe, images, labels, members = setup
-  keys = shadows.model_keys(jax.random.key(0), jnp.arange(MODELS))
-  epochs = shadows.epochs
+  keys, clock = shadows.model_keys(jax.random.key(0), jnp.arange(MODELS)), [0.0]
 
-  def no_room_for_patches(states, keys, recipe, *rest, **options):
-    if recipe.lowering == "patches":
+  def dispatches(states, keys, recipe, *data, together, **rest):
+    speed = speeds[together, recipe.lowering]
+    if not speed:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-    return epochs(states, keys, recipe, *rest, **options)
+    for step in range(1, 100):
+      clock[0] += (1000 if step == 1 else 1) / speed  # the first compiles
+      yield shadows.Dispatch(step, (states,), None, len(keys))
 
-  monkeypatch.setattr(shadows, "epochs", no_room_for_patches)
-  rates = shadows.lowering_rates(keys, recipe, images, labels, members, steps=2)
-  assert list(rates) == list(conv.LOWERINGS)
-  assert rates["patches"] == 0
-  assert min(rates["unrolled"], rates["grouped"]) > 0
+  monkeypatch.setattr(shadows, "dispatches", dispatches)
+  monkeypatch.setattr(shadows, "init", lambda keys, recipe, image_shape: keys)
+  monkeypatch.setattr(shadows.time, "perf_counter", lambda: clock[0])
+  return shadows.training_rates(keys, recipe, images, labels, members, **options)
+
+
+def test_pairs_are_timed_while_company_is_worth_it_and_one_without_room_is_0(setup, monkeypatch):
+  speeds = {
+    (1, "unrolled"): 100,  # updates per second of a round
+    (1, "patches"): 40,
+    (2, "unrolled"): 52,  # 1.04 times as many images as alone: not worth trying more
+    (2, "patches"): 0,
+    (2, "grouped"): 60,
+    (4, "grouped"): 40,
+  }
+  rates = timed(setup, monkeypatch, speeds, together=(1, 2, 4))
+  images = {pair: speed * pair[0] * BATCH for pair, speed in speeds.items()}
+  assert list(rates) == list(speeds)
+  assert rates == pytest.approx(images)
+
+
+def test_a_last_round_that_is_not_full_counts_as_what_it_does(setup, monkeypatch):
+  rates = timed(setup, monkeypatch, {(3, "grouped"): 10}, together=(3,), lowerings=("grouped",))
+  assert rates == pytest.approx({(3, "grouped"): 10 / 2 * MODELS * BATCH})  # 3 and 1 in two rounds
+
+
+def test_real_steps_are_timed_in_the_programs_that_training_runs(setup):
+  recipe, images, labels, members = setup
+  recipe = recipe._replace(label_smoothing=0.25)  # a recipe that no other test compiles
+  keys = shadows.model_keys(jax.random.key(0), jnp.arange(MODELS))
+  before = shadows._run.jitted()._cache_size()
+  rates = shadows.training_rates(
+    keys, recipe, images, labels, members, together=(2,), lowerings=("patches",)
+  )
+  assert list(rates) == [(2, "patches")]
+  assert 0 < rates[2, "patches"] < math.inf
+  lowered = recipe._replace(lowering="patches")
+  states = shadows.init(keys, lowered, image_shape=images.shape[1:])
+  *_, done = shadows.dispatches(
+    states, keys, lowered, images, labels, members, first=0, last=6, together=2
+  )
+  assert done.step == 6
+  assert shadows._run.jitted()._cache_size() - before == 1
 
 
 def test_largest_chunk_follows_the_memory(setup):
