@@ -13,7 +13,8 @@ Beside every program stands the time that its bytes (by the compiled program, `_
 the speed of the copy, and its memory (`memory_analysis`) beside the most that the device held.
 
 Every row is kept in a file as soon as it is measured; the next start goes on from there. The last
-lines are the rule that train.models_together="auto" and train.lowering="auto" should follow here.
+lines are the rule that train.models_together="auto" and train.lowering="auto" should follow here,
+beside the one they follow where they do not measure.
 It imports nothing beyond JAX, Flax, Optax, NumPy and what these import.
 """
 
@@ -246,15 +247,20 @@ def rule(rows: Rows, options: argparse.Namespace) -> list[str]:
     flop = options.batch * flops.forward(
       train.make_model(network), image_shape=(options.size, options.size, 3)
     )
+    share = max(count for count, _ in rates)
     auto = parallel.together(
       train.make_model(network),
-      num_models=max(count for count, _ in rates),
+      num_models=share,
       batch_shape=(options.batch, options.size, options.size, 3),
     )
-    of_auto = max(rate for (count, _), rate in rates.items() if (count == 1) == (auto == 1))
+    platform = jax.default_backend()  # a network's layers count as one, as large as all of them
+    by_rule = conv.choose_lowering(platform=platform, num_models=auto, flop=flop, groups=1)
+    of_auto = rates.get((auto, AS_CHOSEN if auto == 1 else by_rule))
     sentences.append(
-      f"rule: {name} {width}, {dtype}, {flop:.1e} FLOP a batch forward: models_together={together}"
-      f" lowering={lowering}; auto takes models_together={auto}, {of_auto / best:.2f} as fast"
+      f"rule: {name} {width}, {dtype}, {flop:.1e} FLOP a batch forward, {share} models: "
+      f"models_together={together} lowering={'auto' if lowering == AS_CHOSEN else lowering}; "
+      f"auto's rule is models_together={auto}{'' if auto == 1 else f' lowering={by_rule}'}, "
+      + (f"{of_auto / best:.2f} as fast" if of_auto else "not measured or without room")
     )
   return sentences
 

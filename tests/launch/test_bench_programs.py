@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from launch.benchmarks import _hlo as hlo
+from launch.benchmarks import device
+from launch.benchmarks._rows import Rows
 from ptq_jax import models
 from ptq_jax.data import augment
 from ptq_jax.models import conv
@@ -123,3 +125,21 @@ def test_models_one_after_the_other_stack_no_kernels():
   assert alone["concatenate"] == alone["transpose"] == alone["pad"] == 0
   assert alone["copy"] <= 1
   assert both["concatenate"] == 1
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the rule for a CPU")
+def test_the_rule_for_a_chip_names_what_can_be_set_beside_what_auto_takes(tmp_path):
+  options, rows = device.parser().parse_args(["--quick"]), Rows(tmp_path / "rows", version="")
+  speeds = {"as chosen": 50.0, "unrolled": 80.0, "patches": 100.0, "grouped": 40.0}
+  for key, _ in device.measurements(options):
+    if key[0] == "training":
+      rows.add(key, {"seconds": 1.0, "images_per_s": speeds[key[4]]})
+  big, small = device.rule(rows, options)
+  chosen = "2 models: models_together=2 lowering=patches; auto's rule is models_together="
+  assert big.endswith(f"{chosen}1, 0.50 as fast")
+  assert small.endswith(f"{chosen}2 lowering=unrolled, 0.80 as fast")
+  for key, _ in device.measurements(options):
+    if key[0] == "training":
+      rows.find(key)["images_per_s"] = 200.0 if key[3] == 1 else None
+      rows.find(key)["seconds"] = 1.0 if key[3] == 1 else None
+  assert "models_together=1 lowering=auto; " in device.rule(rows, options)[0]
