@@ -201,27 +201,21 @@ class Audit:
     """The chunks that this process trains and quantizes."""
     return self.shard.of(self.work.chunks)
 
-  @contextlib.contextmanager
   def locked(self, chunk: Chunk):
     """Holds a chunk, so that no other process of this audit works on it.
 
     Raises:
       work.Busy: if one does.
     """
-    with work.locked(self.root / "locks" / chunk.name, wait=False):
-      yield
+    return work.locked(self.root / "locks" / chunk.name, wait=False)
 
-  @contextlib.contextmanager
   def models_locked(self, chunk: Chunk, say: Callable[[str], None]):
     """Holds a chunk's models, which audits may share; says so if it waits for another audit."""
-    path = self.trained / "locks" / chunk.name
-    with contextlib.ExitStack() as held:
-      try:
-        held.enter_context(work.locked(path, wait=False))
-      except work.Busy as owner:
-        say(f"waiting for the models of {chunk.name}, which {owner} has for another audit.")
-        held.enter_context(work.locked(path))
-      yield
+
+    def waiting(owner):
+      say(f"waiting for the models of {chunk.name}, which {owner} has for another audit.")
+
+    return work.locked(self.trained / "locks" / chunk.name, waiting=waiting)
 
   def model_directory(self, chunk: Chunk) -> pathlib.Path:
     return self.trained / chunk.name

@@ -223,12 +223,9 @@ def write(
 def _locked(path, say):
   """Holds the lock of a file of the cache, if it can be had; without it files are still whole."""
   with contextlib.ExitStack() as held:
-    if path:
-      lock = path.with_suffix(".lock")
-      with contextlib.suppress(OSError):
-        try:
-          held.enter_context(work.locked(lock, wait=False))
-        except work.Busy as owner:
-          say(f"waiting for {owner}, which measures the same.")
-          held.enter_context(work.locked(lock))
+    with contextlib.suppress(OSError):
+      if path:
+        busy = "waiting for {}, which measures the same."
+        waiting = work.locked(path.with_suffix(".lock"), waiting=lambda who: say(busy.format(who)))
+        held.enter_context(waiting)
     yield

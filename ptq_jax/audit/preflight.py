@@ -79,6 +79,7 @@ def open_audit(
       counts=counts,
       pool_size=len(audit.dataset.train_labels),
       sizes=functools.partial(sizes, audit),
+      say=audit.say,
     )
     vars(audit)["work"] = found
     if found.random != work.random_sample() and not computed(audit):

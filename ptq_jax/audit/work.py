@@ -153,6 +153,7 @@ def settle(
   counts: Mapping[str, int],
   pool_size: int,
   sizes: Callable[..., Sizes],
+  say: Callable[[str], None],
 ) -> Work:
   """The work list of a folder of models: read back, begun, grown, or cut back where none trained.
 
@@ -163,11 +164,13 @@ def settle(
     counts: models by group.
     pool_size: E.
     sizes: of the new chunks of so many models, beside those begun; called only if there are any.
+    say: told who is waited for, if another process does the same.
   Raises:
     ValueError: for models whose work list is lost, one that would shrink, or random numbers that
       this JAX draws differently.
   """
-  with locked(directory / ".lock"):
+  busy = "waiting for {}, which divides the work, and may measure how models train fastest."
+  with locked(directory / ".lock", waiting=lambda owner: say(busy.format(owner))):
     work = read(directory)
     if work is not None and work.counts() == {g: n for g, n in counts.items() if n}:
       return work
@@ -440,12 +443,15 @@ class Busy(Exception):  # noqa: N818
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
+def locked(
+  path: pathlib.Path, *, wait: bool = True, waiting: Callable[[str], None] = lambda owner: None
+) -> Iterator[None]:
   """Holds a lock that the operating system takes back when its owner dies.
 
   Args:
     path: of the lock's file, which says who has it.
     wait: for its owner, or raise at once.
+    waiting: called with who has it, before that one is waited for.
   Raises:
     Busy: with who has it, if it is taken and `wait` is false.
     OSError: one sentence, if the file system has no locks or something else is in the way.
@@ -453,11 +459,14 @@ def locked(path: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
   path.parent.mkdir(parents=True, exist_ok=True)
   lock = filelock.FileLock(path)
   try:
-    lock.acquire(timeout=-1 if wait else 0)
-  except filelock.Timeout:
-    with contextlib.suppress(OSError):
-      raise Busy(path.read_text().strip() or "somebody") from None
-    raise Busy("somebody") from None
+    with contextlib.suppress(filelock.Timeout):
+      lock.acquire(timeout=0)
+    if not lock.is_locked:
+      owner = _owner(path)
+      if not wait:
+        raise Busy(owner)
+      waiting(owner)
+      lock.acquire()
   except (OSError, NotImplementedError) as error:
     why = (
       "; the workdir needs a file system with locks (NFS 4, or Lustre mounted with flock)"
@@ -470,3 +479,10 @@ def locked(path: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
     yield
   finally:
     lock.release()
+
+
+def _owner(path: pathlib.Path) -> str:
+  """Who has a lock, as its file says."""
+  with contextlib.suppress(OSError):
+    return path.read_text().strip() or "somebody"
+  return "somebody"

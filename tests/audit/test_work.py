@@ -1,12 +1,15 @@
 """The work list: frozen, read back, grown, shared out; thousands of models without training one."""
 
+import concurrent.futures
 import dataclasses
 import errno
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -19,7 +22,9 @@ from ptq_jax.audit.work import Chunk, Sizes
 TRAINING = {"seed": 0, "pool_size": 20, "train": {"epochs": 2}}
 
 
-def settle(directory, shadows=8, targets=0, *, per_chunk=4, together=2, training=TRAINING):
+def settle(
+  directory, shadows=8, targets=0, *, per_chunk=4, together=2, training=TRAINING, say=print
+):
   return work.settle(
     directory,
     training=training,
@@ -27,6 +32,7 @@ def settle(directory, shadows=8, targets=0, *, per_chunk=4, together=2, training
     counts={"shadows": shadows, "targets": targets},
     pool_size=20,
     sizes=lambda models, begun: Sizes(per_chunk, together),
+    say=say,
   )
 
 
@@ -136,6 +142,20 @@ def test_random_numbers_do_not_depend_on_the_environment():
     text=True,
   )
   assert done.stdout.strip() == work.random_sample(), done.stderr
+
+
+def test_who_divides_the_work_is_waited_for_and_named(tmp_path):
+  said = []
+  with concurrent.futures.ThreadPoolExecutor(1) as pool, work.locked(tmp_path / ".lock"):
+    second = pool.submit(settle, tmp_path, say=said.append)
+    while not said and not second.done():
+      time.sleep(0.01)
+    assert not second.done()
+  assert names(second.result()) == ["shadows-00000-00004", "shadows-00004-00008"]
+  assert said == [
+    f"waiting for process {os.getpid()} on {socket.gethostname()}, which divides the work, and may "
+    "measure how models train fastest."
+  ]
 
 
 def test_another_generator_may_not_add_models(tmp_path, monkeypatch):
