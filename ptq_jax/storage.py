@@ -231,6 +231,8 @@ def require_writable(directory: Path | str, *, flag: str = "--workdir") -> Path:
     ValueError: for no name at all, or a URL.
     PermissionError, NotADirectoryError, OSError: one sentence, when nothing can be written there.
   """
+  if not isinstance(directory, str | os.PathLike):
+    raise ValueError(f"{flag} is {directory!r}; name the folder that everything is written to.")
   if not str(directory).strip():
     raise ValueError(f"{flag} is empty; name the folder that everything is written to.")
   scheme = str(directory).partition(":/")

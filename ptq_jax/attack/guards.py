@@ -79,6 +79,17 @@ def copies(pool_pairs: int, pool_size: int, fprs: Sequence[float]) -> str | None
   )
 
 
+def copies_in_test(cross_pairs: int, test_size: int) -> str | None:
+  """A sentence if test accuracy is in part that on examples that were trained on."""
+  if 100 * cross_pairs < test_size:
+    return None
+  return (
+    f"{cross_pairs} pairs of exact copies lie one in the pool and one in the test split, which has "
+    f"{test_size} examples: test accuracy is in part accuracy on what was trained on; drop the "
+    "copies from the test split."
+  )
+
+
 def few_false_positives(false_positives: int, *, fpr: float, needed: int = 10) -> str | None:
   """A threshold that rests on a handful of non-members moves with each of them."""
   if false_positives >= needed:

@@ -19,7 +19,6 @@ from ptq_jax.attack import confidence, exposure, guards, privacy, protocol, rele
 from ptq_jax.audit import training
 from ptq_jax.audit.layout import FULL_PRECISION, Audit, variant_name
 from ptq_jax.audit.preflight import MODELS_LEAVE_ONE_OUT
-from ptq_jax.data import duplicates
 from ptq_jax.metrics import intervals, leakage, roc
 from ptq_jax.models import call
 from ptq_jax.report import records
@@ -66,12 +65,8 @@ def attack(audit: Audit, *, command: str = "") -> None:
     found.append(records.make("training", **training.curves(audit)))
   except ValueError as error:
     audit.say(str(error))
-  data, path = audit.dataset, audit.root / "results.jsonl"
-  copies = duplicates.count(
-    data.train_images, data.train_labels, data.test_images, data.test_labels
-  )
-  cautions = warnings(audit, found, omitted, copies)
-  storage.write_records(path, [run_record(audit, inputs, command, copies), *found, *cautions])
+  path, cautions = audit.root / "results.jsonl", warnings(audit, found, omitted)
+  storage.write_records(path, [run_record(audit, inputs, command), *found, *cautions])
   storage.save_arrays(audit.root / "membership.npz", **audit.members)
   names = ("results.jsonl", "exposure.csv", "membership.npz")
   audit.manifest.record("attack", inputs, [audit.root / name for name in names])
@@ -532,9 +527,7 @@ def unit_records(audit: Audit, variant: Variant) -> list[dict]:
   ]
 
 
-def warnings(
-  audit: Audit, found: list[dict], omitted: list[str], copies: duplicates.Duplicates
-) -> list[dict]:
+def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
   """What a reader must know before trusting the numbers; `omitted` says what is left out where."""
   sentences = {
     group: left_out(np.flatnonzero(~sound), group)
@@ -552,7 +545,9 @@ def warnings(
   fewest = min(record["num_non_members"] for record in leaks)
   sentences["false-positive rates"] = guards.too_few_non_members(fewest, audit.config.attack.fprs)
   pool = len(audit.dataset.train_labels)
-  sentences["copies"] = guards.copies(copies.pool_pairs, pool, audit.config.attack.fprs)
+  sentences["copies"] = guards.copies(audit.copies.pool_pairs, pool, audit.config.attack.fprs)
+  test_size = len(audit.dataset.test_labels)
+  sentences["test split"] = guards.copies_in_test(audit.copies.cross_pairs, test_size)
   # In an embedding nearest rounding is best already: every row is read alone.
   tables = {layer.path for layer in audit.layers if layer.kind == "embed"}
   units = [record for record in records.select(found, "unit") if record["unit"] not in tables]
@@ -641,7 +636,7 @@ def left_out(models, group: str) -> str:
   )
 
 
-def run_record(audit: Audit, inputs: str, command: str, copies: duplicates.Duplicates) -> dict:
+def run_record(audit: Audit, inputs: str, command: str) -> dict:
   """What ran, where, with what."""
   data, config = audit.dataset, audit.config
   init = functools.partial(call.init, audit.model)
@@ -662,7 +657,7 @@ def run_record(audit: Audit, inputs: str, command: str, copies: duplicates.Dupli
       "inputs": data.kind,
       "image_shape": data.image_shape,
       "notes": data.notes,
-      "duplicates": copies._asdict(),
+      "duplicates": audit.copies._asdict(),
       "fingerprint": data.fingerprint,
     },
     model={

@@ -35,7 +35,7 @@ from ptq_jax import models, settings, storage
 from ptq_jax.attack import confidence
 from ptq_jax.audit import events, work
 from ptq_jax.audit.work import Chunk, Work
-from ptq_jax.data import augment, batches, load
+from ptq_jax.data import augment, batches, duplicates, load
 from ptq_jax.metrics import leakage
 from ptq_jax.models import call, conv, flops, predict, units
 from ptq_jax.quantize import METHODS, pack, plan
@@ -73,6 +73,14 @@ class Audit:
   @functools.cached_property
   def dataset(self) -> load.Dataset:
     return self.given_data or load.load(**settings.named(self.config.data))
+
+  @functools.cached_property
+  def copies(self) -> duplicates.Duplicates:
+    """Exact copies in the data."""
+    data = self.dataset
+    return duplicates.count(
+      data.train_images, data.train_labels, data.test_images, data.test_labels
+    )
 
   @functools.cached_property
   def model(self):

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax import settings, storage
-from ptq_jax.attack import protocol
+from ptq_jax.attack import guards, protocol
 from ptq_jax.audit import measuring, reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment
@@ -218,6 +219,10 @@ def _sizes(audit, per_chunk, num_models, share, begun):
 def check(audit: Audit) -> None:
   """Raises ValueError for the first setting that makes no sense."""
   config = audit.config
+  defaults = settings.dotted(settings.plain(settings.audit_defaults()))
+  for key, value in settings.dotted(settings.plain(config)).items():
+    if value is None and defaults.get(key) is not None:
+      raise ValueError(f"{key} is None; it needs a value, such as {defaults[key]!r}.")
   for key, fits, demand in _ranges(config):
     value = settings.get(config, key)
     if not fits(value):
@@ -233,6 +238,8 @@ def check(audit: Audit) -> None:
   _check_data(audit)
   for note in audit.dataset.notes:
     audit.say(note)
+  if sentence := guards.copies_in_test(audit.copies.cross_pairs, len(audit.dataset.test_labels)):
+    audit.say(sentence)
   assert audit.recipe  # made here, so that a bad model or optimizer is known now
   _check_model(audit)
   plans = audit.plans(audit.variants())
@@ -278,6 +285,8 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   def division(*words):
     return lambda value: value in words or (isinstance(value, int) and value >= 1)
 
+  seeds = range(2**32)  # JAX would take others for one of these
+  yield "seed", lambda v: isinstance(v, int) and v in seeds, "from 0 to 2**32 - 1"
   yield "train.models", *_at_least(2)
   yield "train.targets", *_at_least(0)
   yield "train.label_smoothing", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
@@ -343,6 +352,11 @@ def _check_quantize(audit):
         f"quantize.{method}.calibration_size is {size}; it must be in 1.."
         f"{quantize.calibration_size}, quantize.calibration_size."
       )
+  if quantize.methods and not audit.variants():
+    raise ValueError(
+      "quantize.methods is given, but quantize.levels or quantize.last_layer_levels is empty, so "
+      "nothing would be quantized; fill them, or leave quantize.methods empty."
+    )
   for variant in audit.variants():
     for levels in (variant.levels, variant.last_layer_levels or 2):
       grid.check_levels(levels)
@@ -424,6 +438,8 @@ def _check_model(audit):
       f"{data.num_classes} "
       f"classes; it must give logits (2, {data.num_classes})."
     )
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise ValueError(f"model {name} gives {logits.dtype}; logits must be floating-point numbers.")
   if data.kind == "tokens":
     splits = (data.train_images, data.test_images)
     tables.require_rows(audit.model, variables, np.stack([split.max(axis=0) for split in splits]))

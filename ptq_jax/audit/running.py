@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from ptq_jax import models, settings, storage
 from ptq_jax.audit import (
@@ -239,13 +240,23 @@ def require_scores_use(key: str) -> None:
 def _config(config, chosen) -> settings.Config:
   """A config of one's own, with settings chosen by name."""
   config = settings.load(config) if isinstance(config, str) else config
+  if not isinstance(config, settings.Config | None):
+    raise ValueError(
+      f"config is a {type(config).__name__}; give a config of settings.load or "
+      "settings.audit_defaults, a file, or the name of a shipped one."
+    )
   config = settings.audit_defaults() if config is None else config.copy_and_resolve_references()
   for name, value in chosen.items():
     key = SHORT.get(name, name)
     if key not in settings.dotted(settings.plain(config)):
       known = f"{', '.join(SHORT)}, or a dotted key such as 'train.momentum'"
       raise ValueError(f"audit.run has no setting {name!r}; it has {known}.")
-    config.update_from_flattened_dict({key: value})
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    try:
+      config.update_from_flattened_dict({key: value})
+    except TypeError as error:
+      wanted = type(settings.get(config, key)).__name__
+      raise ValueError(f"{key} is {value!r}; it must be of the type {wanted}.") from error
   return config
 
 

@@ -74,6 +74,11 @@ def checked(
     note = f"{name} are {inputs.dtype}; they are taken for token ids, not for numbers (float32)."
     return np.ascontiguousarray(inputs, dtype), [note]
   if dtype == np.uint8:
+    if shape[1] in (1, 3) and min(shape[2:]) > 4:
+      raise ValueError(
+        f"{whose} have the shape {shape}, which looks like [N, channels, height, width]; pass [N, "
+        "height, width, channels]: `images.transpose(0, 2, 3, 1)`."
+      )
     return np.ascontiguousarray(inputs), []
   notes = []
   with np.errstate(over="ignore"):
@@ -98,15 +103,24 @@ def _unknown(inputs, whose) -> str:
       f"{whose} have the shape {inputs.shape}; pass [N, height, width, channels] "
       "(for grayscale images without a channel axis: `images[..., None]`)."
     )
-  if inputs.ndim == 4:
+  if inputs.ndim == 4 and inputs.size and inputs.dtype.kind in "biuf":
+    low, high = inputs.min(), inputs.max()
     return (
-      f"{whose} are {inputs.dtype}; pass uint8 pixels from 0 to 255 (for floats from 0 to 1: "
-      "`np.round(255 * images).astype(np.uint8)`), they are normalised during training."
+      f"{whose} are {inputs.dtype} from {low:g} to {high:g}; pass uint8 pixels from 0 to 255 "
+      f"({_as_pixels(float(low), float(high))}), they are normalised during training."
     )
   return (
     f"{whose} are {inputs.dtype} {list(inputs.shape)}; pass images as uint8 [N, height, width, "
     "channels], vectors of numbers as float32 [N, features], or token ids as int32 [N, length]."
   )
+
+
+def _as_pixels(low: float, high: float) -> str:
+  """How images in a range become pixels."""
+  if low < -1 or high > 255 or (low < 0 and high > 1):
+    return "scale them first"
+  scaled = "127.5 * (images + 1)" if low < 0 else "images" if high > 1 else "255 * images"
+  return f"`np.round({scaled}).astype(np.uint8)`"
 
 
 def _require_finite(inputs, whose):

@@ -174,13 +174,24 @@ def from_arrays(
   _require_used("arrays", where, (), image_size)
   names = ("x_train", "y_train", "x_test", "y_test")
   whole = splits.checked(
-    *map(np.asarray, (x_train, y_train, x_test, y_test)),
+    *map(_as_array, (x_train, y_train, x_test, y_test), names),
     class_names=None if class_names is None else tuple(map(str, class_names)),
     source="the data",
     names=names,
   )
   whole = _resized(whole, image_size)
   return _select("arrays", whole, pool_size=pool_size, test_size=test_size, seed=seed)
+
+
+def _as_array(given: Any, name: str) -> np.ndarray:
+  """An array of what there is of numbers, nothing of it masked."""
+  if np.ma.is_masked(given):
+    raise ValueError(f"{name} has masked entries; fill or drop them.")
+  try:
+    return np.asarray(given)
+  except Exception as error:  # lists of different lengths, tensors on a device, and others
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{name} is a {type(given).__name__} that is no array: {reason}") from error
 
 
 def _require_used(
@@ -316,6 +327,15 @@ def _select(
     _take(source.test_images, test),
     _take(source.test_labels, test),
   )
+  for split, labels in (("training", arrays[1]), ("test", arrays[3])):
+    absent = np.flatnonzero(np.bincount(labels, minlength=len(source.class_names)) == 0)
+    if absent.size:
+      first = source.class_names[absent[0]]
+      anew = "; labels go from 0 on: number them anew if these are no classes"
+      notes.append(
+        f"{absent.size} of {len(source.class_names)} classes have no {split} example, such as "
+        f"{first!r}{anew if split == 'training' else ''}."
+      )
   mean, std = statistics(arrays[0])
   for split, array in (("training", arrays[0]), ("test", arrays[2])):
     inputs.require_finite_when_normalised(array, mean, std, split=split)

@@ -42,7 +42,8 @@ def make(
   Raises:
     ValueError: for an unknown name, a factory that cannot be imported, or an unknown option.
   """
-  factory = name if callable(name) else _import(name) if ":" in name else ZOO.get(name)
+  text = name if isinstance(name, str) else ""
+  factory = name if callable(name) else _import(name) if ":" in text else ZOO.get(text)
   if isinstance(factory, nnx.Module):
     raise ValueError(
       f"the model is a {type(factory).__name__} that is made already; give its class, or a "
@@ -67,7 +68,13 @@ def make(
     options["dtype"] = compute_dtype(options["dtype"])
   if "rngs" in accepted:  # flax.nnx
     return from_nnx.adapt(factory, num_classes=num_classes, **options)
-  model = factory(num_classes=num_classes, **options)
+  try:
+    model = factory(num_classes=num_classes, **options)
+  except Exception as error:  # whatever a factory of the user's raises
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ValueError(
+      f"model {name!r} cannot be made with num_classes={num_classes}: {reason}"
+    ) from error
   if not isinstance(model, nn.Module):
     raise ValueError(
       f"{name!r} made a {type(model).__name__}, not a flax.linen.Module; a factory of a "

@@ -133,8 +133,8 @@ def _as_matrices(params):
 
 def _check_range(where, learning_rate, weight_decay, momentum):
   for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-    if value < 0:
-      raise ValueError(f"{where}.{name} is {value}; it must be at least 0.")
+    if not 0 <= value < float("inf"):
+      raise ValueError(f"{where}.{name} is {value}; it must be a number of at least 0.")
   if not 0 <= momentum < 1:
     raise ValueError(f"{where}.momentum is {momentum}; it must be in [0, 1).")
 

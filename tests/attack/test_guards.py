@@ -47,3 +47,9 @@ def test_copies_in_the_pool_are_told_where_they_may_decide():
   message = guards.copies(14, 50_000, [0.01, 0.001])
   assert "14 pairs of exact copies" in message
   assert "0.03% of the non-members" in message
+
+
+def test_copies_in_the_test_split_count_from_a_hundredth_on():
+  assert guards.copies_in_test(9, 1000) is None
+  assert guards.copies_in_test(0, 1) is None
+  assert guards.copies_in_test(10, 1000).startswith("10 pairs of exact copies lie one in the pool")

@@ -8,9 +8,11 @@ import pytest
 
 from ptq_jax import audit, settings, storage
 from ptq_jax.audit import layout, preflight
+from ptq_jax.data import load
 from tests.audit.conftest import opened, tiny_config
 
 BAD = {
+  "seed": (-1, 2**32),
   "data.name": ("cifar1", ""),
   "data.path": ("nowhere", None),
   "data.columns": (("image", "label"),),
@@ -26,9 +28,9 @@ BAD = {
   "train.muon.learning_rate": (-1.0,),
   "train.muon.weight_decay": (-1.0,),
   "train.muon.momentum": (1.0,),
-  "train.learning_rate": (-1.0,),
-  "train.momentum": (1.0,),
-  "train.weight_decay": (-1.0,),
+  "train.learning_rate": (-1.0, float("nan"), float("inf")),
+  "train.momentum": (1.0, float("nan")),
+  "train.weight_decay": (-1.0, float("nan")),
   "train.schedule": ("sometimes",),
   "train.label_smoothing": (1.0, -0.1),
   "train.augmentation": (("blur",),),
@@ -40,8 +42,8 @@ BAD = {
   "queries.augmentation": (("blur",),),
   "queries.batch_size": (0,),
   "quantize.methods": (("gptq",),),
-  "quantize.levels": ((1,), (300,), ("three",), (3.5,)),
-  "quantize.last_layer_levels": (("none",), (1,)),
+  "quantize.levels": ((1,), (300,), ("three",), (3.5,), ()),
+  "quantize.last_layer_levels": (("none",), (1,), ()),
   "quantize.sweep_last_layer_at": ((1,),),
   "quantize.overrides": (("nope=3",), ("stem",)),
   "quantize.calibration_size": (0,),
@@ -105,16 +107,29 @@ def test_a_bad_value_is_one_sentence_and_writes_nothing(tmp_path, key, value):
   config = tiny_config(**needed, train__optimizer="muon" if "muon" in key else "sgd")
   *parents, name = key.split(".")
   with config.unlocked():
-    settings.get(config, ".".join(parents))[name] = value
+    (settings.get(config, ".".join(parents)) if parents else config)[name] = value
   with pytest.raises((ValueError, FileNotFoundError, TypeError)) as caught:
     preflight.open_audit(config, tmp_path / "run")
   assert len(str(caught.value).splitlines()) == 1
   assert not list((tmp_path / "run").rglob("*.npz"))
 
 
+def test_none_is_for_settings_that_may_be_left_out(tmp_path):
+  known = settings.dotted(settings.plain(settings.audit_defaults()))
+  needed = [key for key, value in known.items() if value is not None]
+  assert len(needed) > 50
+  for key in needed:
+    config = tiny_config()
+    *parents, name = key.split(".")
+    with config.unlocked():
+      (settings.get(config, ".".join(parents)) if parents else config)[name] = None
+    with pytest.raises(ValueError, match=f"^{key} is None; it needs a value"):
+      preflight.check(layout.Audit(config, tmp_path, tmp_path))
+
+
 def test_every_key_is_tried():
   known = settings.dotted(settings.plain(settings.audit_defaults()))
-  free = {"name", "seed", "data.data_dir", "data.cache_dir", "train.nesterov", "train.cache_dir"}
+  free = {"name", "data.data_dir", "data.cache_dir", "train.nesterov", "train.cache_dir"}
   assert known.keys() - free <= BAD.keys()
 
 
@@ -176,6 +191,9 @@ def test_one_class_is_refused(tmp_path):
     audit.run(tiny_config(data__pool_size=None, data__test_size=None), workdir=tmp_path, data=data)
 
 
+FOUR = (np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 2) * 2
+
+
 class Valid(nn.Module):
   """A network that needs images of 4 pixels."""
 
@@ -198,6 +216,29 @@ def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path, size, features,
   config = tiny_config(data__pool_size=None, data__test_size=None)
   with pytest.raises(ValueError, match=sentence):
     audit.run(config, workdir=tmp_path, data=data, model=Valid(features))
+
+
+class Whole(nn.Module):
+  """Gives numbers that nothing can be learned from."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2)(x.reshape(len(x), -1)).astype(int)
+
+
+@pytest.mark.parametrize(
+  ("model", "sentence"),
+  [
+    (Whole(), "Whole gives int32; logits must be floating-point numbers."),
+    (lambda n: Valid(n), "cannot be made with num_classes=2: TypeError: "),
+    (lambda num_classes: num_classes / 0, "cannot be made with num_classes=2: ZeroDivisionError: "),
+  ],
+)
+def test_a_model_that_is_none_is_one_sentence(tmp_path, model, sentence):
+  config = tiny_config(data__pool_size=None, data__test_size=None, quantize__methods=())
+  with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+    audit.run(config, workdir=tmp_path, data=FOUR, model=model)
+  assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_gpu_that_is_not_used_is_named_unless_it_is_meant(tmp_path, monkeypatch):
@@ -229,9 +270,6 @@ def test_too_many_calibration_images_are_capped_aloud(tmp_path):
   assert "a model has 30 members" in "".join(said)
 
 
-FOUR = (np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 2) * 2
-
-
 @pytest.mark.parametrize(
   ("given", "sentence"),
   [
@@ -244,6 +282,8 @@ FOUR = (np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 2) * 2
     ({"data": FOUR, "data.image_size": 0}, "data.image_size is 0; it must be at least 1"),
     ({"data": FOUR, "model": Valid(2), "model.width": 3}, "model.width is given beside model="),
     ({"model": Valid(10), "model.name": "mlp"}, "model.name is given beside model="),
+    ({"models": "8"}, "train.models is '8'; it must be of the type int."),
+    ({"methods": "obc"}, "quantize.methods is 'obc'; it must be of the type tuple."),
   ],
 )
 def test_what_run_would_pass_over_is_refused(tmp_path, given, sentence):
@@ -251,6 +291,16 @@ def test_what_run_would_pass_over_is_refused(tmp_path, given, sentence):
     audit.run(settings.load("smoke"), workdir=tmp_path, **given)
   assert len(str(caught.value).splitlines()) == 1
   assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_test_split_of_the_pool_is_said(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+  data = (images, np.arange(40) % 2, images[:20], np.arange(20) % 2)
+  config = tiny_config(data__pool_size=None, data__test_size=None, quantize__methods=())
+  given, said = load.from_arrays(*data), []
+  heard = {"listener": lambda event: said.append(event.sentence)}
+  preflight.open_audit(config, tmp_path, given_data=given, **heard)
+  assert any(s.startswith("20 pairs of exact copies lie one in the pool and one in") for s in said)
 
 
 def test_given_arrays_are_scaled(tmp_path):

@@ -149,8 +149,19 @@ def with_nan():
   [
     ({"y_test": None}, "has no array 'y_test'; it needs x_train, y_train, x_test, y_test and has"),
     ({"x_train": np.zeros((10, 8, 8), np.uint8)}, r"x_train have the shape \(10, 8, 8\).*channel"),
-    ({"x_train": np.zeros((10, 8, 8, 3), np.float32)}, "x_train are float32; pass uint8"),
-    ({"x_train": np.zeros((10, 8, 8, 3), np.int64)}, "x_train are int64; pass uint8"),
+    *(
+      ({"x_train": np.linspace(low, high, 1920).reshape(10, 8, 8, 3).astype(dtype)}, message)
+      for low, high, dtype, message in (
+        (0, 1, np.float32, r"are float32 from 0 to 1; pass uint8 .* .`np.round\(255 \* images\)"),
+        (0, 255, np.float64, r"are float64 from 0 to 255; .*`np.round\(images\).astype"),
+        (0, 255, np.int64, r"are int64 from 0 to 255; .*`np.round\(images\).astype"),
+        (-1, 1, np.float16, r"from -1 to 1; .*`np.round\(127.5 \* \(images \+ 1\)\).astype"),
+        (0, 9999, np.uint16, r"are uint16 from 0 to 9999; .* \(scale them first\)"),
+        (-2, 2, np.float32, r"are float32 from -2 to 2; .* \(scale them first\)"),
+        (0, 1, bool, r"are bool from 0 to 1; .*`np.round\(255 \* images\).astype"),
+      )
+    ),
+    ({"x_train": np.zeros((10, 3, 8, 8), np.uint8)}, r"looks like \[N, channels, .*transpose"),
     ({"x_train": with_nan()}, "NaN or infinite pixels in 2 of 10 images, the first at index 3"),
     ({"x_train": np.zeros((0, 8, 8, 3), np.uint8)}, "no pixel"),
     ({"x_test": np.zeros((5, 4, 4, 3), np.uint8)}, r"\(8, 8, 3\) and x_test \(4, 4, 3\)"),
@@ -237,6 +248,37 @@ def test_a_broken_npz_is_refused(npz, tmp_path):
     load.load("npz", path=tmp_path / "one.npy")
   with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.npz"):
     load.load("npz", path=tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize(
+  ("labels", "said"),
+  [
+    (np.arange(6) % 3, []),
+    (
+      np.arange(6) % 3 + 1,
+      [
+        "1 of 4 classes have no training example, such as '0'; labels go from 0 on: number them "
+        "anew if these are no classes.",
+        "1 of 4 classes have no test example, such as '0'.",
+      ],
+    ),
+    (np.array([0, 1, 2, 0, 0, 1]), ["1 of 3 classes have no test example, such as '2'."]),
+  ],
+)
+def test_classes_without_examples_are_said(labels, said):
+  images = pictures.random_images(6)
+  test = labels[[0, 1, 4, 5]] if len(said) == 1 else labels
+  found = load.from_arrays(images, labels, images[: len(test)], test)
+  assert list(found.notes) == said
+
+
+def test_what_is_no_array_is_named():
+  images, labels = pictures.random_images(4), np.arange(4) % 2
+  hidden = np.ma.masked_array(images, images > 200)
+  with pytest.raises(ValueError, match=r"^x_train has masked entries; fill or drop them"):
+    load.from_arrays(hidden, labels, images, labels)
+  with pytest.raises(ValueError, match=r"^y_test is a list that is no array: setting an array"):
+    load._as_array([[0, 1], 2, 3], "y_test")
 
 
 @pytest.mark.parametrize("name", ["npz", "tiny_imagenet", "image_folder"])
