@@ -113,7 +113,8 @@ def check_model(
     plans: levels per layer, see `plan.make`; None: all layers are quantized.
     strict, units: as the methods take them.
   Raises:
-    ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`.
+    ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`; outputs
+      that are probabilities.
   """
   rng = np.random.default_rng(0)
   image = np.asarray(rng.normal(size=(1, *image_shape)), np.float32) if tokens is None else tokens
@@ -130,9 +131,23 @@ def check_model(
 
   variables = {**variables, "params": jax.tree.map(draw, shapes["params"])}
   stacked = jax.tree.map(lambda leaf: leaf[None], variables)
-  survey = capture.check(model, stacked, image[None], plans=plans, strict=strict)
+  survey, outputs = capture.check_and_run(model, stacked, image[None], plans=plans, strict=strict)
+  if _are_probabilities(outputs):
+    raise ValueError(
+      f"{type(model).__name__} gives probabilities, which add up to 1; it must give logits: leave "
+      "out the softmax at its end."
+    )
   model_units.chain(model, variables, image, units=units)
   return survey
+
+
+def _are_probabilities(outputs) -> bool:
+  """Whether a model's outputs [n, C] are what a softmax gives."""
+  if not isinstance(outputs, np.ndarray) or outputs.shape[-1] < 2 or outputs.min() < 0:
+    return False
+  rounding = float(jnp.finfo(outputs.dtype).eps)
+  tolerance = 4 * rounding if rounding > 1e-4 else 100 * rounding
+  return bool((np.abs(outputs.astype(float).sum(axis=-1) - 1) < tolerance).all())
 
 
 def _on_host(*leaves):

@@ -290,6 +290,18 @@ def check(
       take; values that are not finite; a plan that does not fit; a layer whose output is not its
       kernel's.
   """
+  return check_and_run(model, variables, images, plans=plans, strict=strict)[0]
+
+
+def check_and_run(
+  model: nn.Module,
+  variables: Variables,
+  images: Shaped[ArrayLike, "M n ..."],
+  *,
+  plans: Sequence[Plan] | None,
+  strict: bool,
+) -> tuple[Survey, Any]:
+  """`check`, and what the first model gave for its image; None if no layer is quantized."""
   _check_images(variables, images)
   one, example = one_of(variables, images)
   survey = units.survey(model, one, example)
@@ -309,9 +321,9 @@ def check(
     for layer in survey.layers
     if plans is None or any(chosen[layer.path] is not None for chosen in plans)
   ]
-  if quantized:
-    _check_applied(model, trees.take(variables, 0), images[0, :1], quantized)
-  return survey
+  if not quantized:
+    return survey, None
+  return survey, _check_applied(model, trees.take(variables, 0), images[0, :1], quantized)
 
 
 def one_of(variables, images) -> tuple[Variables, jax.ShapeDtypeStruct]:
@@ -362,14 +374,14 @@ def _listed(kept):
   return "; ".join(f"{k.path!r} {list(k.shape)}, {k.reason}" for k in kept)
 
 
-def _check_applied(model, variables, image, layers) -> None:
-  """Raises ValueError for a layer that gives something else than its kernel times its inputs."""
+def _check_applied(model, variables, image, layers) -> Any:
+  """What the model gives; ValueError for a layer that gives not its kernel times its inputs."""
   if jnp.issubdtype(image.dtype, jnp.floating):  # a black image would show nothing
     rng = np.random.default_rng(0)
     spread = 0.1 * (np.std(np.asarray(image, np.float32)) or 1.0)
     image = image + jnp.asarray(rng.normal(0, spread, image.shape), image.dtype)
   with jax.default_matmul_precision("highest"):
-    found = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
+    found, outputs = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
   wrong = [layer for layer in layers if not found[layer.path][0] <= found[layer.path][1]]
   if wrong:
     first, *more = wrong
@@ -379,12 +391,17 @@ def _check_applied(model, variables, image, layers) -> None:
       f"are off by {found[first.path][0]:.1e} of the size of the products. A kernel that is changed"
       f" before it is applied cannot be quantized. {_to_keep(wrong)}"
     )
+  return outputs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mismatches(model, layers, variables, image):
-  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed."""
+  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed.
+
+  Also the outputs of the model, which the compiler takes from the same pass.
+  """
   captured = calls(model.module, variables, image, layers)
+  whole = units.run(model.module, variables, image, units.WHOLE_MODEL)
   found = {}
   for layer in layers:
     kernel = trees.get(variables, layer.kernel)
@@ -403,7 +420,7 @@ def _mismatches(model, layers, variables, image):
     coarsest = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     tolerance = 4 * coarsest if coarsest > 1e-4 else 100 * coarsest
     found[layer.path] = jnp.sqrt(errors / jnp.maximum(sizes, 1e-30)), tolerance
-  return found
+  return found, whole
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))
