@@ -6,6 +6,8 @@ first method of the first chunk that is not complete.
 """
 
 import functools
+import inspect
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,11 @@ from ptq_jax.audit.layout import FULL_PRECISION, Audit, is_sound, model_digest
 from ptq_jax.audit.work import Chunk
 from ptq_jax.data import augment
 from ptq_jax.models import units
-from ptq_jax.quantize import pack, quantize_stacked
+from ptq_jax.quantize import METHODS, pack, quantize_stacked
 from ptq_jax.report.records import Variant
+
+QUANTIZING = 2 / 3
+"""Of the work for a variant, for the estimate of the time left; the rest is scoring."""
 
 
 def quantize(audit: Audit) -> list[str]:
@@ -76,9 +81,15 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], stage: S
     size = options.pop("calibration_size")
     if options.get("batchnorm") == "all":
       options["batchnorm_images"] = drawn_images(audit, chunk, "batchnorm", "all", size)[1][sound]
+    portions = Portions(
+      stage, QUANTIZING * len(chunk) * len(mine), int(sound.sum()), f"{chunk.name}, {method}"
+    )
+    if "progress" in inspect.signature(METHODS[method].quantize_stacked).parameters:
+      options["progress"] = portions
     quantized, info = quantize_stacked(
       method, keys, audit.model, used, images[:, :size], plans=audit.plans(mine), **options
     )
+    portions.end()
     packed, more = {}, {}
     for index, variant in enumerate(mine):
       grids = {
@@ -90,7 +101,32 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], stage: S
       more[variant] = {"calibration": ids[:, :size], **unit_arrays(info, index)}
     for alike in same_body(audit, packed):
       audit.save_scores(alike, chunk, variables, sound=sound, more=more)
-      stage.advance(len(chunk) * len(alike), f"{chunk.name}, {method}")
+      stage.advance((1 - QUANTIZING) * len(chunk) * len(alike), f"{chunk.name}, {method}")
+
+
+class Portions:
+  """Tells a stage how far a quantizer is, which runs in a thread for every device."""
+
+  def __init__(self, stage: Stage, amount: float, num_models: int, note: str):
+    self._stage, self._amount, self._note = stage, amount, note
+    self._threads = min(len(jax.local_devices()), num_models)
+    self._shares: dict[int, float] = {}
+    self._told = 0.0
+    self._lock = threading.Lock()
+
+  def __call__(self, name: str, done: int, total: int) -> None:
+    """What a quantizer calls after every layer or unit, see `plan.Progress`."""
+    with self._lock:
+      self._shares[threading.get_ident()] = done / total
+      self._tell(sum(self._shares.values()) / self._threads, f"{self._note} {name}")
+
+  def end(self) -> None:
+    """All is quantized, whether the quantizer said so or not."""
+    self._tell(1.0, self._note)
+
+  def _tell(self, share, note):
+    before, self._told = self._told, max(self._told, min(share, 1.0))
+    self._stage.advance(self._amount * (self._told - before), note)
 
 
 def same_body(audit: Audit, packed: dict[Variant, pack.Packed]) -> list[dict[Variant, pack.Packed]]:
