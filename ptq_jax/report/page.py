@@ -5,6 +5,7 @@ is fetched. Every text that comes from a record is escaped.
 """
 
 import base64
+import gzip
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,7 @@ def document(*, csv: str, figures: Mapping[str, Any], **parts: Any) -> str:
   """
   return _ENVIRONMENT.get_template("page.html.jinja").render(
     **(_EMPTY | parts),
-    csv=Markup(base64.b64encode(csv.encode()).decode()),
+    csv=Markup(base64.b64encode(gzip.compress(csv.encode(), mtime=0)).decode()),
     figures=[_figure(f"figure{i}", *item) for i, item in enumerate(figures.items())],
     images_hidden="exposed_examples" not in figures,
     style=Markup((_FOLDER / "page.css").read_text()),

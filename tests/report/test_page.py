@@ -1,4 +1,5 @@
 import base64
+import gzip
 import html.parser
 import re
 
@@ -96,8 +97,8 @@ def test_the_page_is_the_same_every_time(example):
 
 
 def test_the_numbers_are_inside_as_csv(audit, rendered):
-  [data] = re.findall(r'href="data:text/csv;base64,([^"]*)"', rendered)
-  assert base64.b64decode(data).decode() == tables.to_csv(audit)
+  [data] = re.findall(r'href="data:application/gzip;base64,([^"]*)"', rendered)
+  assert gzip.decompress(base64.b64decode(data)).decode() == tables.to_csv(audit)
 
 
 def test_everything_from_records_is_escaped(example):
