@@ -166,7 +166,7 @@ def test_what_changes_no_result_may_change(copied):
     train__models_per_chunk=2,
     train__models_together=1,
     train__checkpoint_minutes=1.0,
-    train__cache_dir=str(tmp_path),
+    train__cache_dir=str(copied),
     queries__batch_size=7,
     quantize__levels=(3, 4),
     attack__confidence=0.9,

@@ -1,7 +1,7 @@
 """What the quantizing stage says of itself while it works."""
 
+import concurrent.futures
 import shutil
-import threading
 
 import jax
 import pytest
@@ -33,10 +33,10 @@ def test_threads_of_several_devices_add_up(monkeypatch):
   heard = []
   stage = events.Stage(heard.append, "quantize", 10)
   portions = quantizing.Portions(stage, 10.0, 8, "some")
-  for done in (1, 2):
-    for thread in [threading.Thread(target=portions, args=("layer", done, 4)) for _ in range(2)]:
-      thread.start()
-      thread.join()
+  with concurrent.futures.ThreadPoolExecutor(1) as other:
+    for done in (1, 2):
+      portions("layer", done, 4)
+      other.submit(portions, "layer", done, 4).result()
   assert [event.done for event in heard] == [1.25, 2.5, 3.75, 5.0]
   portions("layer", 0, 4)
   portions.end()
