@@ -93,7 +93,12 @@ def test_array_records_are_sources(module, tmp_path):
       {},
       "training source of 'own_sources:made' cannot be read as one array: ValueError: all input",
     ),
-    ("own_sources:made", lambda: ([(IMAGES[0] / 255, 0)],) * 2, {}, "are float64; pass uint8 pix"),
+    (
+      "own_sources:made",
+      lambda: ([(IMAGES[0] / 255, 0)],) * 2,
+      {},
+      "are float64 from 0 to 1; pass uint8",
+    ),
   ],
 )
 def test_what_is_no_source_is_one_sentence(module, name, made, options, sentence):

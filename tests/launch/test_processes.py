@@ -49,17 +49,8 @@ def wait_for(found, process):
     time.sleep(0.01)
 
 
-def test_shards_give_what_one_process_gives(finished, tmp_path):
-  """Three processes have two chunks: one of them has nothing to do, and ends."""
-  processes = [start(tmp_path, f"--shard={number}/3") for number in range(3)]
-  ended = [ends(process) for process in processes]
-  assert [code for code, _, _ in ended] == [0] * 3, ended
-  assert sum("index.html shows more" in output for _, output, _ in ended) >= 1
-  pipeline.assert_same(finished, tmp_path)
-
-
 def test_some_die_the_other_goes_on_and_a_restart_ends_it(finished, tmp_path):
-  """One is asked to end while it trains, one is killed while it quantizes."""
+  """One is asked to end while it trains, one killed while it quantizes; the third has nothing."""
   begun = {
     0: tmp_path / "models" / "locks" / "shadows-00000-00004",
     1: tmp_path / "scores" / "full_precision" / "shadows-00004-00008.npz",
@@ -75,9 +66,9 @@ def test_some_die_the_other_goes_on_and_a_restart_ends_it(finished, tmp_path):
   code, output, errors = ends(processes[2])
   assert code == 0, errors
   assert "others are at the rest" in output
-  code, output, errors = ends(start(tmp_path))
-  assert code == 0, errors
-  assert "index.html shows more" in output
+  ended = [ends(process) for process in [start(tmp_path, f"--shard={n}/3") for n in range(2)]]
+  assert [code for code, _, _ in ended] == [0, 0], ended
+  assert any("index.html shows more" in output for _, output, _ in ended)
   pipeline.assert_same(finished, tmp_path)
 
 
