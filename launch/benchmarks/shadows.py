@@ -25,7 +25,10 @@ NUMBERS = ("low", "value", "high")
 def main(argv: list[str]) -> None:
   """Prints a table in Markdown, and draws it if asked."""
   flags = _parser().parse_args(argv)
-  members = storage.load_arrays(flags.workdir / "membership.npz")
+  path = flags.workdir / "membership.npz"
+  if not path.exists():
+    raise SystemExit(f"error: {path} is missing; bash launch/run attack makes it.")
+  members = storage.load_arrays(path)
   if set(members) != {"shadows"}:
     raise SystemExit("error: bench shadows needs a leave-one-out audit (train.targets=0).")
   members = members["shadows"].astype(bool)

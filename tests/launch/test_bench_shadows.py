@@ -63,3 +63,6 @@ def test_what_it_cannot_read_is_said(workdir, capsys):
   storage.save_arrays(workdir / "membership.npz", shadows=MEMBERS, targets=MEMBERS)
   with pytest.raises(SystemExit, match="needs a leave-one-out audit"):
     table(capsys, workdir)
+  (workdir / "membership.npz").unlink()
+  with pytest.raises(SystemExit, match="is missing; bash launch/run attack makes it"):
+    table(capsys, workdir)
