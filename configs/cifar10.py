@@ -13,9 +13,9 @@ protocol=fast (default): 16 models, each the target of the others, with recipe=f
 protocol=paper: 64 shadows and 10 targets, 160 epochs, and 20 000 steps of AdaRound and BRECQ for
   every unit of every model. To train takes 1 EFLOP by count:
   for several accelerators (launch/slurm.sh, k8s.yaml).
-protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; half an hour on two
-  CPU cores: accuracy 59.7 %, AUC .862, TPR 7.4 % at 0.1 % FPR in full precision, 3.0 to 3.6 % at
-  1.58 bit with AdaRound, BRECQ and OBC (best attacker). The table is in BUILD_NOTES.md.
+protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores,
+  half an hour: accuracy 59.7 %, AUC .862, TPR 7.4 % at 0.1 % FPR in full precision, 3.0 to 3.6 %
+  at 1.58 bit with AdaRound, BRECQ and OBC (best attacker). The table is in BUILD_NOTES.md.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
   compilation. The numbers mean nothing.
 recipe=fast or paper: how each model is trained, if not as the protocol has it, such as
