@@ -6,6 +6,7 @@ Reads the scores of a leave-one-out audit. Of its first n models each is attacke
 others that are not its partner, n from 8 up to all; every row is about the same targets, the first
 8 (or --targets), so rows differ by the shadows alone. "as is" has full-precision shadows, "matched"
 shadows quantized like the target; both also with the target's scores rescaled to the shadows'.
+Differences of TPR, to "as is" and to the same attacker with the fewest shadows, are paired.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from ptq_jax import storage
 from ptq_jax.attack import confidence, protocol
 from ptq_jax.metrics import leakage
 
-FULL = "full_precision"
+FULL, AS_IS = "full_precision", "as is"
 NUMBERS = ("low", "value", "high")
 
 
@@ -33,20 +34,23 @@ def main(argv: list[str]) -> None:
     raise SystemExit("error: bench shadows needs a leave-one-out audit (train.targets=0).")
   members = members["shadows"].astype(bool)
   plain, rows = scores_of(flags.workdir, FULL), []
-  print(
-    f"| variant | shadows | attacker | AUC | TPR % at {100 * flags.fpr:g} % FPR | minus as is |"
-  )
-  print("| :-- | --: | :-- | --: | --: | --: |")
+  rate = f"TPR % at {100 * flags.fpr:g} % FPR"
+  print(f"| variant | shadows | attacker | AUC | {rate} | minus as is | minus fewest |")
+  print("| :-- | --: | :-- | --: | --: | --: | --: |")
   for variant in [FULL, *flags.variants]:
     own = plain if variant == FULL else scores_of(flags.workdir, variant)
+    fewest = None
     for count in counts(len(members), flags.targets):
       found = attacked(plain, own, members, count, flags)
-      for attacker, (summary, difference) in found.items():
+      for attacker, (summary, sample) in found.items():
         tpr = summary["tpr"][0]
         rows.append((variant, count - 2, attacker, tpr))
         numbers = [f"{summary['auc']['value']:.3f}", percent(tpr)]
-        numbers += [percent(difference["tpr"][0]) if difference else ""]
+        for other in (None if attacker == AS_IS else found[AS_IS], fewest and fewest[attacker]):
+          less = leakage.compare(sample, other[1])["tpr"][0] if other else None
+          numbers.append(percent(less) if less else "")
         print(f"| {variant} | {count - 2} | {attacker} | {' | '.join(numbers)} |", flush=True)
+      fewest = fewest or found
   if flags.figure:
     draw(rows, flags)
 
@@ -65,23 +69,21 @@ def scores_of(workdir: pathlib.Path, variant: str) -> np.ndarray:
   return np.concatenate([storage.load_arrays(path)["scores"] for path in paths])
 
 
-def attacked(plain, own, members, count, flags) -> dict[str, tuple[dict, dict | None]]:
-  """By attacker what it finds, and how much more than as is, with paired intervals."""
+def attacked(plain, own, members, count, flags) -> dict[str, tuple[dict, leakage.Sample]]:
+  """By attacker what it finds, and what its intervals rest on."""
   is_full = own is plain
   plain, own, members = plain[:count], own[:count], members[:count]
-  attackers = {"as is": (plain, own), "as is, rescaled": rescaled(plain, own)}
+  attackers = {AS_IS: (plain, own), "as is, rescaled": rescaled(plain, own)}
   if not is_full:
     attackers |= {"matched": (own, own), "matched, rescaled": rescaled(own, own)}
-  key, found, first = jax.random.key(0), {}, None
+  key, found = jax.random.key(0), {}
   for attacker, (shadows, targets) in attackers.items():
     options = {"audited_scores": targets, "attacks": (flags.attack,)}
     rows = protocol.leave_one_out(shadows, members, **options)[flags.attack]
     given = rows[: flags.targets], members[: flags.targets]
     options = {"fprs": (flags.fpr,), "num_resamples": flags.resamples}
     sample = leakage.sample(key, *given, **options)
-    difference = leakage.compare(sample, first) if first else None
-    first = first or sample
-    found[attacker] = leakage.summarise(key, *given, sampled=sample, **options), difference
+    found[attacker] = leakage.summarise(key, *given, sampled=sample, **options), sample
   return found
 
 

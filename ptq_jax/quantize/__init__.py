@@ -143,7 +143,9 @@ def check_model(
 
 def _are_probabilities(outputs) -> bool:
   """Whether a model's outputs [n, C] are what a softmax gives."""
-  if not isinstance(outputs, np.ndarray) or outputs.shape[-1] < 2 or outputs.min() < 0:
+  if outputs is None or not jnp.issubdtype(outputs.dtype, jnp.floating):
+    return False
+  if not outputs.ndim or outputs.shape[-1] < 2 or outputs.min() < 0:
     return False
   rounding = float(jnp.finfo(outputs.dtype).eps)
   tolerance = 4 * rounding if rounding > 1e-4 else 100 * rounding

@@ -60,6 +60,11 @@ def calls(
   Raises:
     ValueError: a layer that does not run, or inside of something that hides it.
   """
+  return _run_and_capture(model, variables, images, layers, unit)[1]
+
+
+def _run_and_capture(model, variables, images, layers, unit=units.WHOLE_MODEL):
+  """Outputs of a model or unit, and `calls` of the same pass."""
   wanted = {layer.path for layer in layers}
 
   def sow(module, path, inputs, outputs, options):
@@ -68,7 +73,7 @@ def calls(
       module.sow(COLLECTION, "call", (inputs, outputs))
 
   options = {"interceptor": units.observer(sow), "mutable": [COLLECTION]}
-  _, sown = units.run(model, variables, images, unit, **options)
+  outputs, sown = units.run(model, variables, images, unit, **options)
   found, hidden = {}, []
   for layer in layers:
     node = sown.get(COLLECTION, {})
@@ -85,7 +90,7 @@ def calls(
       f"{others}; inside a transform such as WeightNorm or RNN it cannot be quantized. "
       f"{_to_keep(hidden)}"
     )
-  return found
+  return outputs, found
 
 
 def _to_keep(layers: Sequence[Layer]) -> str:
@@ -301,7 +306,7 @@ def check_and_run(
   plans: Sequence[Plan] | None,
   strict: bool,
 ) -> tuple[Survey, Any]:
-  """`check`, and what the first model gave for its image; None if no layer is quantized."""
+  """`check`, and the array that the first model gave for its image, if it was run and gave one."""
   _check_images(variables, images)
   one, example = one_of(variables, images)
   survey = units.survey(model, one, example)
@@ -362,7 +367,7 @@ def _report_kept(kept, strict) -> None:
     return
   if strict:
     raise ValueError(f"with strict=True all weights must be quantized, but not {_listed(kept)}.")
-  warnings.warn(in_full_precision(kept), stacklevel=4)
+  warnings.warn(in_full_precision(kept), stacklevel=5)
 
 
 def in_full_precision(kept: Sequence[Kept]) -> str:
@@ -398,20 +403,20 @@ def _check_applied(model, variables, image, layers) -> Any:
 def _mismatches(model, layers, variables, image):
   """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed.
 
-  Also the outputs of the model, which the compiler takes from the same pass.
+  Also the outputs of the model, if they are an array.
   """
-  captured = calls(model.module, variables, image, layers)
-  whole = units.run(model.module, variables, image, units.WHOLE_MODEL)
+  outputs, captured = _run_and_capture(model.module, variables, image, layers)
   found = {}
   for layer in layers:
     kernel = trees.get(variables, layer.kernel)
     errors, sizes = 0.0, 0.0
     for geometry, one in zip(layer.geometries, captured[layer.path], strict=True):
-      rows, outputs = patches(one.inputs, geometry), one.outputs
+      rows = patches(one.inputs, geometry)
       wide = jnp.promote_types(jnp.promote_types(rows.dtype, kernel.dtype), jnp.float32)
       matrix, rows = kernel_matrix(kernel.astype(wide), layer), rows.astype(wide)
-      given = output_rows(without_bias(variables, geometry, outputs.astype(wide)), geometry)
-      sizes += jnp.sum((jnp.abs(rows) @ jnp.abs(matrix)) ** 2) + jnp.sum(outputs.astype(wide) ** 2)
+      result = one.outputs.astype(wide)
+      given = output_rows(without_bias(variables, geometry, result), geometry)
+      sizes += jnp.sum((jnp.abs(rows) @ jnp.abs(matrix)) ** 2) + jnp.sum(result**2)
       if given.shape != (*rows.shape[:2], matrix.shape[2]):
         errors = jnp.inf
         continue
@@ -420,7 +425,7 @@ def _mismatches(model, layers, variables, image):
     coarsest = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     tolerance = 4 * coarsest if coarsest > 1e-4 else 100 * coarsest
     found[layer.path] = jnp.sqrt(errors / jnp.maximum(sizes, 1e-30)), tolerance
-  return found, whole
+  return found, outputs if isinstance(outputs, jax.Array) else None
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))

@@ -51,7 +51,11 @@ def test_every_row_is_about_the_same_targets(workdir, capsys):
   areas = [roc.auc(row, inside) for row, inside in zip(found, MEMBERS, strict=True)][:8]
   by_name = {tuple(row[:3]): row for row in rows}
   assert by_name["obc-3-3", "10", "matched"][3] == f"{np.mean(areas):.3f}"
-  assert by_name["obc-3-3", "10", "as is"][5] == ""
+  assert by_name["obc-3-3", "10", "as is"][5] == by_name["obc-3-3", "6", "matched"][6] == ""
+  for name in ("as is", "matched"):
+    more, fewest = (float(by_name["obc-3-3", count, name][4].split()[0]) for count in ("10", "6"))
+    gain = float(by_name["obc-3-3", "10", name][6].split()[0])
+    assert gain == pytest.approx(more - fewest, abs=0.011)
   numbers = re.findall(r"-?[\d.]+", by_name["obc-3-3", "10", "matched"][5])
   assert float(numbers[1]) <= float(numbers[0]) <= float(numbers[2])
   assert figure.read_bytes()[:4] == b"\x89PNG"
