@@ -124,8 +124,7 @@ def stream(inputs: Inputs) -> Iterator[tuple[slice, Block]]:
       left_out = np.pad(left_out[..., index], ((0, 0), (0, 0), (0, padding)), mode="edge")
     if padding:
       parts = [np.concatenate([p, np.repeat(p[:, -1:], padding, 1)], 1) for p in parts]
-    device = [jnp.asarray(part) for part in (*parts, weights)]
-    yield index, Block(*device, None if left_out is None else jnp.asarray(left_out))
+    yield index, jax.device_put(Block(*parts, weights, left_out))
 
 
 def check_counts(inputs: Inputs, *, sides: Sequence[str], needed: int, reason: str):

@@ -71,7 +71,7 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], stage: S
     raise ValueError(f"no model of {chunk.name} has finite weights; train with a smaller rate.")
   used = trees.take(variables, sound)
   ids, images = calibration(audit, chunk)
-  images = images[sound]
+  images = trees.take(images, np.flatnonzero(sound))
   keys = jax.vmap(jax.random.fold_in, (None, 0))(
     group_key(audit, chunk, "quantize"), chunk.ids[sound]
   )

@@ -234,6 +234,8 @@ def write_report(
 
 def _write_figures(folder: pathlib.Path, drawn: Mapping[str, Any], stage) -> list[pathlib.Path]:
   """Writes figures/NAME.png and .svg."""
+  if not drawn:
+    return []
   from ptq_jax.report import figures
 
   written = []

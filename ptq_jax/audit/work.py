@@ -122,13 +122,17 @@ def pinned_randomness() -> Iterator[None]:
 
 def random_sample() -> str:
   """A fingerprint of what this JAX draws, to recognise one that draws otherwise."""
-  one = key(0, "membership")
-  drawn = (
-    jax.random.bits(one, (8,)),
-    jax.random.permutation(one, 16),
-    (jax.random.uniform(one, (8,)) * 2**20).astype(int),
-  )
+  drawn = _sample(key(0, "membership"))
   return settings.fingerprint([np.asarray(each).tolist() for each in drawn])
+
+
+@jax.jit
+def _sample(key):
+  return (
+    jax.random.bits(key, (8,)),
+    jax.random.permutation(key, 16),
+    (jax.random.uniform(key, (8,)) * 2**20).astype(int),
+  )
 
 
 def draw_members(seed: int, counts: Mapping[str, int], pool_size: int) -> dict[str, np.ndarray]:

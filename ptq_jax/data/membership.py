@@ -1,5 +1,7 @@
 """Who trains on what: `bool[M, E]`, drawn so that every model has one static number of members."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def paired(key: Key, *, num_models: int, num_examples: int) -> Bool[Array, "M E"
       f"least 2, for example {max(2, num_models + num_models % 2)}."
     )
   halves = random_halves(key, num_models=num_models // 2, num_examples=num_examples)
-  return jnp.stack([halves, ~halves], axis=1).reshape(num_models, num_examples)
+  return _with_complements(halves)
 
 
 def random_halves(key: Key, *, num_models: int, num_examples: int) -> Bool[Array, "M E"]:
@@ -44,12 +46,7 @@ def random_halves(key: Key, *, num_models: int, num_examples: int) -> Bool[Array
     raise ValueError(f"num_models is {num_models}; it must be at least 1.")
   if num_examples < 2:
     raise ValueError(f"num_examples is {num_examples}; half of a pool needs at least 2 examples.")
-  smaller_half = jnp.arange(num_examples) < num_examples // 2
-
-  def half(model):
-    return jax.random.permutation(jax.random.fold_in(key, model), smaller_half)
-
-  return jax.vmap(half)(jnp.arange(num_models))
+  return _halves(key, num_models, num_examples)
 
 
 def members_of(membership: Bool[ArrayLike, "M E"]) -> Int[np.ndarray, "M members"]:
@@ -70,3 +67,18 @@ def members_of(membership: Bool[ArrayLike, "M E"]) -> Int[np.ndarray, "M members
   if counts[0] == 0:
     raise ValueError("membership has no members in any model; there is nothing to train on.")
   return np.nonzero(membership)[1].reshape(len(membership), -1).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _halves(key, num_models, num_examples):
+  smaller_half = jnp.arange(num_examples) < num_examples // 2
+
+  def half(model):
+    return jax.random.permutation(jax.random.fold_in(key, model), smaller_half)
+
+  return jax.vmap(half)(jnp.arange(num_models))
+
+
+@jax.jit
+def _with_complements(halves):
+  return jnp.stack([halves, ~halves], axis=1).reshape(-1, halves.shape[1])

@@ -164,11 +164,14 @@ class Predictor:
     for start in range(0, num_examples, batch_size):
       # The last batch starts earlier instead of being smaller: one shape, one compilation.
       first = min(start, num_examples - batch_size)
-      positions = jnp.arange(first, first + batch_size)
-      features = self._run_body(mesh, body, images[positions], positions)
+      positions = np.arange(first, first + batch_size, dtype=np.int32)
+      some_images, some_labels = trees.take((images, labels), positions)
+      features = self._run_body(mesh, body, some_images, positions)
       for head, kept in zip(heads, parts, strict=True):
-        kept.append(self._run_head(mesh, head, features, labels[positions])[:, start - first :])
-    return [np.concatenate([np.asarray(part) for part in kept], axis=1) for kept in parts]
+        kept.append((self._run_head(mesh, head, features, some_labels), start - first))
+    return [
+      np.concatenate([np.asarray(part)[:, skip:] for part, skip in kept], axis=1) for kept in parts
+    ]
 
 
 def is_correct(logits, labels):

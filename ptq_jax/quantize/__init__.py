@@ -127,10 +127,10 @@ def check_model(
     values = (
       rng.normal(0, spread, leaf.shape) if len(leaf.shape) > 1 else 1 + rng.random(leaf.shape)
     )
-    return jnp.asarray(values, leaf.dtype)
+    return values.astype(leaf.dtype)
 
   variables = {**variables, "params": jax.tree.map(draw, shapes["params"])}
-  stacked = jax.tree.map(lambda leaf: leaf[None], variables)
+  stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], variables)
   survey, outputs = capture.check_and_run(model, stacked, image[None], plans=plans, strict=strict)
   if _are_probabilities(outputs):
     raise ValueError(

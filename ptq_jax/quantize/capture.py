@@ -156,7 +156,7 @@ def batches(images: Shaped[ArrayLike, "n ..."], batch_size: int) -> Iterator[Arr
   count = math.ceil(len(images) / batch_size)
   ends = [round(i * len(images) / count) for i in range(count + 1)]
   for start, end in itertools.pairwise(ends):
-    yield jnp.asarray(images[start:end])
+    yield jax.device_put(images if count == 1 else images[start:end])
 
 
 def patches(
@@ -328,7 +328,8 @@ def check_and_run(
   ]
   if not quantized:
     return survey, None
-  return survey, _check_applied(model, trees.take(variables, 0), images[0, :1], quantized)
+  image = np.asarray(images[0, :1])
+  return survey, _check_applied(model, trees.take(variables, 0), image, quantized)
 
 
 def one_of(variables, images) -> tuple[Variables, jax.ShapeDtypeStruct]:
@@ -384,7 +385,7 @@ def _check_applied(model, variables, image, layers) -> Any:
   if jnp.issubdtype(image.dtype, jnp.floating):  # a black image would show nothing
     rng = np.random.default_rng(0)
     spread = 0.1 * (np.std(np.asarray(image, np.float32)) or 1.0)
-    image = image + jnp.asarray(rng.normal(0, spread, image.shape), image.dtype)
+    image = image + rng.normal(0, spread, image.shape).astype(image.dtype)
   with jax.default_matmul_precision("highest"):
     found, outputs = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
   wrong = [layer for layer in layers if not found[layer.path][0] <= found[layer.path][1]]

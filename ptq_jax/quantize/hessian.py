@@ -115,7 +115,8 @@ def of_layers(
   num_models = len(images)
   for some in _groups(layers, memory_bytes // (num_models * accumulator_dtype().itemsize)):
     sums = [
-      _sums(model, trees.take(variables, index), images[index], some) for index in range(num_models)
+      _sums(model, trees.take(variables, index), trees.take(images, index), some)
+      for index in range(num_models)
     ]
     for layer in some:
       parts = [one.pop(layer.path) for one in sums]
@@ -136,9 +137,9 @@ def output_error(
 
 
 def inverse(
-  hessian: Float[ArrayLike, "D D"], *, damping: float | Float[ArrayLike, ""] = 0.0
+  hessian: Float[ArrayLike, "*many D D"], *, damping: float | Float[ArrayLike, ""] = 0.0
 ) -> Inverse:
-  """Inverse of one Hessian, damped as little as float32 elimination needs.
+  """Inverse of a Hessian, or of each of many, damped as little as float32 elimination needs.
 
   Damping rule: every diagonal entry grows by the factor 1 + damping. If the result cannot be
   factored, or H_jj * (H^-1)_jj exceeds `MAX_INFLATION` for some j (a column that the others
@@ -146,14 +147,14 @@ def inverse(
   Dead columns (diagonal 0: inputs that were always 0) are decoupled and get the mean diagonal.
 
   Args:
-    hessian: symmetric, positive semi-definite; vmap for more than one.
+    hessian: symmetric, positive semi-definite.
     damping: the first one to try, >= 0.
   Returns:
     Arrays in JAX's default float.
   """
   default = jnp.result_type(float)
   with jax.enable_x64(_has_float64()):
-    return _inverse(default, hessian, damping)
+    return _inverse(default, jnp.ndim(hessian) - 2, hessian, damping)
 
 
 def accumulator_dtype() -> np.dtype:
@@ -274,8 +275,15 @@ class _Search(NamedTuple):
   good: Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _inverse(dtype, hessian, damping):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _inverse(dtype, leading_axes, hessian, damping):
+  invert = functools.partial(_invert, dtype, damping=damping)
+  for _ in range(leading_axes):
+    invert = jax.vmap(invert)
+  return invert(hessian)
+
+
+def _invert(dtype, hessian, damping):
   """Scales to a unit diagonal, which is then what damping adds to, and inverts; see `inverse`."""
   wide = accumulator_dtype()
   hessian = jnp.asarray(hessian).astype(wide)

@@ -132,14 +132,12 @@ def _layer(solve, options, layer, original, hessians, levels):
   """One layer at P numbers of levels: kernels, errors before and after, grids, all [P, M, ...]."""
   distinct = sorted({count for count in levels if count is not None})
   where = tuple(None if count is None else distinct.index(count) for count in levels)
-  found = (None,) * 5  # if all is kept in full precision
   if distinct:
     given = (*options, ("two_levels", distinct[0] == grid.MIN_LEVELS))
     job, fitted, before = _round(layer.unnamed, given, original, hessians, np.array(distinct))
-    kernels, after = _keep_better(layer.unnamed, original.dtype, job, solve(job), before)
-    found = kernels.astype(original.dtype), before, after, fitted.scale, fitted.zero_point
-  shape = layer.grid_shape if not distinct else tuple(found[-1].shape[2:])
-  kernels, *parts = _by_plan(where, shape, original, found)
+    kernels, *parts = _finish(layer.unnamed, where, original, job, solve(job), before, fitted)
+  else:
+    kernels, *parts = _by_plan(where, layer.grid_shape, original, (None,) * 5)
   before, after, scale, zero_point = jax.device_get(parts)
   counts = np.tile(np.array([[count or 0] for count in levels]), len(original))
   return kernels, before, after, Grid(scale, zero_point, counts)
@@ -152,7 +150,10 @@ def _repeat(count, tree):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _by_plan(where, grid_shape, original, found):
-  """What was found per number of levels [U, M, ...] for each plan; None: in full precision."""
+  """What was found per number of levels [U, M, ...] for each plan; None: in full precision.
+
+  Kernels, errors before and after, scales and zero points [P, M, ...].
+  """
   none = jnp.zeros(len(original))
   zeros = jnp.zeros((len(original), *grid_shape))
   otherwise = original, none, none, zeros + 1, zeros
@@ -182,13 +183,15 @@ def _round(layer, options, kernels, hessians, counts):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _keep_better(layer, dtype, job, found, before):
-  """Kernels [U, M, ...], each the found one or nearest rounding, and their errors [U, M]."""
-  error = _errors(layer, dtype, job, found)
+def _finish(layer, where, original, job, found, before, fitted):
+  """`_by_plan` of the found weights, or of nearest rounding where these are no better."""
+  error = _errors(layer, original.dtype, job, found)
   better = (error < before)[:, :, None, None, None]
   best = jnp.where(better, found, job.nearest)
   reshape = functools.partial(capture.matrix_kernel, layer=layer)
-  return jax.vmap(jax.vmap(reshape))(best), jnp.minimum(error, before)
+  kernels = jax.vmap(jax.vmap(reshape))(best).astype(original.dtype)
+  found = kernels, before, jnp.minimum(error, before), fitted.scale, fitted.zero_point
+  return _by_plan(where, fitted.scale.shape[2:], original, found)
 
 
 def _errors(layer, dtype, job, found):

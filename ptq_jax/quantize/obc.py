@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, Int, Keys, Shaped, Variables
 from ptq_jax.models import parallel
 from ptq_jax.quantize import batchnorm as batchnorms
@@ -189,15 +190,14 @@ def quantize_rows(
 
 def _solve(job: Job, *, damping, block_size, memory_bytes) -> Array:
   """OBC on all rows of a layer: of M models, their groups, U numbers of levels."""
-  inverse = functools.partial(hessians.inverse, damping=damping)
-  inverses = [jax.vmap(inverse)(one) for one in job.hessians]
+  each = (trees.take(job.hessians, number) for number in range(len(job.hessians)))
+  inverses = [hessians.inverse(one, damping=damping) for one in each]
   inputs = _all_rows(job, inverses)
   found = _halving_memory(
     lambda budget: quantize_rows(*inputs, block_size=block_size, memory_bytes=budget),
     memory_bytes or default_memory_bytes(),
   )
-  num_levels, num_models, groups, D, K = job.nearest.shape
-  return found.reshape(num_levels, num_models, groups, K, D).swapaxes(3, 4)
+  return _as_matrices(job.nearest.shape, found)
 
 
 @jax.jit
@@ -214,6 +214,13 @@ def _all_rows(job, inverses):
   grid = Grid(*map(per_row, job.grids))
   inverse = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inverses)
   return weights, inverse, jnp.tile(owner, num_levels), grid
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _as_matrices(shape, rows):
+  """Weights [U, M, groups, D, K], as `shape` says, of the rows of `_all_rows`."""
+  *leading, D, K = shape
+  return rows.reshape(*leading, K, D).swapaxes(-2, -1)
 
 
 def _halving_memory(function, memory_bytes):

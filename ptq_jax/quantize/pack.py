@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -126,9 +127,9 @@ def _parameter(layer, leaves) -> str:
 
 def unpack(packed: Packed) -> Variables:
   """The variables that were packed, bit by bit, as nested dicts of JAX arrays."""
-  kernels = {path: jnp.asarray(_unpack_kernel(k)) for path, k in packed.kernels.items()}
-  rest = {path: jnp.asarray(leaf) for path, leaf in packed.rest.items()}
-  return trees.unflatten(kernels | rest | {path: {} for path in packed.empty})
+  kernels = {path: _unpack_kernel(k) for path, k in packed.kernels.items()}
+  leaves = jax.device_put(kernels | dict(packed.rest))
+  return trees.unflatten(leaves | {path: {} for path in packed.empty})
 
 
 def split(packed: Packed, belongs: Callable[[str], bool]) -> tuple[Packed, Packed]:

@@ -198,8 +198,8 @@ def replace_kernels(
 
 def stack(parts: Sequence[PyTree]) -> PyTree:
   """`trees.stack` for many parts: no program has them all as arguments."""
-  buffer = _buffer(len(parts), parts[0])
-  for index, part in enumerate(parts):
+  buffer = _begin(len(parts), parts[0])
+  for index, part in enumerate(parts[1:], start=1):
     buffer = _put(buffer, part, index)
   return buffer
 
@@ -360,7 +360,8 @@ def unit_inputs(model: nn.Module, unit: Unit, variables: Variables, images: Arra
 def unit_batches(inputs: Array, unit: Unit, num_images: int) -> Iterator[Array]:
   """Batches of a unit's inputs, of whole images, at most `num_images` of them."""
   for index in capture.batches(np.arange(len(inputs) // unit.parts), num_images):
-    yield inputs[index[0] * unit.parts : (index[-1] + 1) * unit.parts]
+    part = slice(index[0] * unit.parts, (index[-1] + 1) * unit.parts)
+    yield inputs if part == slice(0, len(inputs)) else inputs[part]
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1))
@@ -385,8 +386,11 @@ def _unit_keys(keys, models, index):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _buffer(length, part):
-  return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), part)
+def _begin(length, part):
+  """Room for parts, where the first one lies, which it holds already."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype).at[0].set(leaf), part
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

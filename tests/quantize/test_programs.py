@@ -35,8 +35,8 @@ class Alike(nn.Module):
 
 FEW = adaround.MINI_BATCH._replace(num_steps=2, batch_size=4)
 CASES = {
-  "nearest": (nearest, {}, [nearest._round, nearest._keep_better]),
-  "obc": (obc, {}, [nearest._round, nearest._keep_better, obc._quantize_rows, obc._all_rows]),
+  "nearest": (nearest, {}, [nearest._round, nearest._finish]),
+  "obc": (obc, {}, [nearest._round, nearest._finish, obc._quantize_rows, obc._all_rows]),
   "adaround": (adaround, {"form": "second_moment"}, [walk._fit, adaround._solve]),
   "mini-batch": (
     adaround,
