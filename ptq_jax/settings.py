@@ -51,7 +51,11 @@ _EVERY_METHOD = {
     "search": ("mse", "for the scale: mse tries 80 cuts of the range, minmax takes all of it"),
     "norm": (2.4, "power of the error that the search minimises"),
     "include_zero": (True, "whether zero is always a level"),
-    "group_size": (Optional(int), "inputs of an output with one scale; all of them if not given"),
+    "group_size": (
+      Optional(object),
+      "inputs of an output with one scale, all of them if not given; or sizes by path pattern: "
+      "('head/*=all', '*=64')",
+    ),
   },
   "memory_bytes": (Optional(int), "what is computed at once; half of what is free if not given"),
   "strict": (False, "refuse a model with weights that stay in full precision"),

@@ -51,6 +51,9 @@ OPERATIONAL = ("models", "targets", "models_per_chunk", "models_together", "cach
 OPERATIONAL_OPTIONS = ("memory_bytes", "strict")
 """Options of methods on which no result depends."""
 
+ALL_INPUTS = "all"
+"""Says in a config "one scale for all inputs", None in Python."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
@@ -156,6 +159,9 @@ class Audit:
     section = self.config.quantize.get(method, settings.Config())  # a registered one has none
     size = self.config.quantize.calibration_size
     options = settings.arguments(METHODS[method].quantize_stacked, section, "calibration_size")
+    if isinstance(sizes := options.get("grid_options", {}).get("group_size"), tuple):
+      key = f"quantize.{method}.grid_options.group_size"
+      options["grid_options"]["group_size"] = parse_patterns(sizes, key, ALL_INPUTS)
     members = len(self.dataset.train_labels) // 2
     return options | {"calibration_size": min(section.get("calibration_size") or size, members)}
 
@@ -178,7 +184,7 @@ class Audit:
 
   def plans(self, variants: Sequence[Variant]) -> list[plan.Plan]:
     """Levels per layer of each variant."""
-    overrides = parse_overrides(self.config.quantize.overrides)
+    overrides = parse_patterns(self.config.quantize.overrides, "quantize.overrides", plan.FULL)
     return [
       plan.make(
         self.layers,
@@ -560,18 +566,19 @@ def variant_name(variant: Variant) -> str:
   return f"{variant.method}-{variant.levels}-{last}"
 
 
-def parse_overrides(texts) -> dict[str, int | None]:
-  """Levels by path pattern from "pattern=levels" or "pattern=full".
+def parse_patterns(texts: Sequence[str], key: str, none: str) -> dict[str, int | None]:
+  """Numbers by path pattern from "pattern=number", or None from "pattern=WORD".
 
+  Args:
+    key: of the config, for the message.
+    none: the word.
   Raises:
     ValueError: for another form.
   """
-  overrides = {}
+  found = {}
   for text in texts:
-    pattern, _, levels = str(text).rpartition("=")
-    if not pattern or not (levels.isdigit() or levels == plan.FULL):
-      raise ValueError(
-        f"quantize.overrides has {text!r}; write 'pattern=levels' or 'pattern=full'."
-      )
-    overrides[pattern] = None if levels == plan.FULL else int(levels)
-  return overrides
+    pattern, _, value = str(text).rpartition("=")
+    if not pattern or not (value.isdecimal() or value == none):
+      raise ValueError(f"{key} has {text!r}; write 'pattern=number' or 'pattern={none}'.")
+    found[pattern] = None if value == none else int(value)
+  return found

@@ -20,7 +20,7 @@ from ptq_jax.audit import measuring, reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment
 from ptq_jax.models import call, conv, parallel, tables
-from ptq_jax.quantize import METHODS, capture, check_model, grid
+from ptq_jax.quantize import METHODS, capture, check_model, grid, plan
 from ptq_jax.train import shadows
 
 MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
@@ -256,9 +256,8 @@ def check(audit: Audit) -> None:
     )
     if survey.kept:
       audit.say(capture.in_full_precision(survey.kept))
-    for section in methods:
-      options = settings.named(section.get("grid_options", settings.Config()))
-      capture.check_groups(audit.layers, plans, options)
+    for method in quantize.methods:
+      plan.grid_options(audit.layers, plans, audit.method_options(method).get("grid_options"))
   members = len(audit.dataset.train_labels) // 2
   if config.quantize.calibration_size > members:
     audit.say(
@@ -375,7 +374,13 @@ def _option_range(option, words):
     return lambda value: value in words, f"one of {', '.join(words)}"
   if option in ("symmetric", "include_zero", "strict"):
     return lambda value: isinstance(value, bool), "True or False"
-  if option in ("memory_bytes", "block_size", "group_size"):
+  if option == "group_size":  # patterns are looked at with the model
+
+    def sizes(value):
+      return value is None or isinstance(value, list) or (isinstance(value, int) and value >= 1)
+
+    return sizes, "at least 1, None, or several 'pattern=size'"
+  if option in ("memory_bytes", "block_size"):
     return lambda value: value is None or (_number(value) and value >= 1), "at least 1, or None"
   if option in ("learning_rate", "norm", "beta_start", "beta_end"):
     return _between(lambda value: value > 0, "above 0")

@@ -26,7 +26,7 @@ from ptq_jax.base import Array, ArrayLike, Keys, Shaped, Variables
 from ptq_jax.models import conv, units
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Layer
-from ptq_jax.quantize import capture, grid, quadratic, reconstruct, walk
+from ptq_jax.quantize import capture, grid, plan, quadratic, reconstruct, walk
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Schedule
@@ -75,7 +75,7 @@ def quantize_stacked(
       more; "never" runs all steps.
     second_moment, mini_batch: schedules of the two forms.
     sweeps: at most so many passes of `quadratic.polish` after the second-moment form; 0: none.
-    grid_options: for `grid.fit`.
+    grid_options: for `grid.fit`; `group_size` may be by path pattern, see `plan.grid_options`.
     memory_bytes: what the pairs of model and plan that run at once may take; None: half of the
       accelerator's free memory, 2 GiB on CPU. Only a memory knob.
     strict: refuse a model with weights that stay in full precision.
@@ -90,7 +90,7 @@ def quantize_stacked(
     raise ValueError(f'form must be "auto", "mini_batch" or "second_moment", got {form!r}.')
   reconstruct.check_stop(stop)
   layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
-  capture.check_groups(layers, plans, grid_options)
+  fit_options = plan.grid_options(layers, plans, grid_options)
   num_images = np.shape(images)[1]
   forms = {
     layer.path: choose_form(layer, num_images, second_moment, mini_batch)
@@ -98,7 +98,6 @@ def quantize_stacked(
     else form
     for layer in layers
   }
-  fit_options = dict(grid_options or {})
 
   def method(site):
     outcomes = []
@@ -107,7 +106,7 @@ def quantize_stacked(
         solve = by_moments(schedule=second_moment, stop=stop, sweeps=sweeps)
       else:
         solve = functools.partial(_by_mini_batches, schedule=mini_batch, stop=stop)
-      outcomes.append(quantize_layer(site, layer, solve, fit_options))
+      outcomes.append(quantize_layer(site, layer, solve, fit_options[layer.path]))
     return outcomes
 
   return walk.quantize_stacked(

@@ -28,7 +28,7 @@ from ptq_jax.models import call, conv, fold_batchnorm
 from ptq_jax.models import units as cut
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Unit
-from ptq_jax.quantize import adaround, capture, reconstruct, walk
+from ptq_jax.quantize import adaround, capture, plan, reconstruct, walk
 from ptq_jax.quantize.plan import Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
@@ -90,12 +90,12 @@ def quantize_stacked(
     raise ValueError(f'form must be "auto" or "mini_batch", got {form!r}.')
   reconstruct.check_stop(stop)
   layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
-  capture.check_groups(layers, plans, grid_options)
+  fit_options = plan.grid_options(layers, plans, grid_options)
   images = jnp.asarray(images)
   if labels is not None:
     labels = _checked_labels(labels, model, variables, images)
   folded = fold_batchnorm.fold_stacked(model, variables, images)
-  options = _Options(loss, labels, form, schedule, stop, dict(grid_options or {}))
+  options = _Options(loss, labels, form, schedule, stop, fit_options)
   chain = cut.chain(model, *capture.one_of(folded, images), units=units)
   return walk.quantize_stacked(
     functools.partial(_quantize_unit, options=options),
@@ -140,7 +140,7 @@ class _Options(NamedTuple):
   form: str
   schedule: Schedule
   stop: str
-  grid_options: dict[str, Any]
+  grid_options: dict[str, dict[str, Any]]  # by layer path
 
 
 class UnitRun(NamedTuple):
@@ -192,11 +192,14 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
       site,
       site.unit.layers[0],
       adaround.by_moments(stop=options.stop),
-      options.grid_options,
+      options.grid_options[site.unit.layers[0].path],
     )
     return [outcome._replace(name=site.unit.name)]
   start = time.perf_counter()
-  fitted = {layer: walk.fit_grids(site, layer, options.grid_options) for layer in site.unit.layers}
+  fitted = {
+    layer: walk.fit_grids(site, layer, options.grid_options[layer.path])
+    for layer in site.unit.layers
+  }
   num = len(site.models)
   before, after, steps = (np.zeros(num, dtype) for dtype in (float, float, int))
   lowering, at_once, steps_per_call = _execution(site.unit, jax.default_backend())

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -256,16 +256,6 @@ def fit_grid(kernel: Shaped[ArrayLike, "..."], layer: Layer, **options) -> Grid:
     jnp.transpose(part.reshape(shape), np.argsort(layer.axes)) for part in fitted[:2]
   )
   return Grid(scale, zero_point, fitted.levels)
-
-
-def check_groups(
-  layers: Sequence[Layer], plans: Sequence[Plan], grid_options: Mapping[str, Any] | None
-) -> None:
-  """Raises ValueError if a layer that a plan quantizes has no whole groups of inputs."""
-  group_size = (grid_options or {}).get("group_size")
-  for layer in layers if group_size is not None else ():
-    if any(chosen[layer.path] is not None for chosen in plans):
-      grid.check_group_size(group_size, layer.num_rows, f"layer {layer.path!r}")
 
 
 def _group_columns(layer) -> int:

@@ -161,12 +161,13 @@ def check_levels(levels: Any) -> None:
     )
 
 
-def check_group_size(group_size: int, num_inputs: int, name: str = "the weights") -> None:
-  """Raises ValueError unless `group_size` divides the inputs."""
-  if group_size < 1 or num_inputs % group_size:
+def check_group_size(group_size: Any, num_inputs: int, name: str = "the weights") -> None:
+  """Raises ValueError unless `group_size` is a whole number that divides the inputs."""
+  whole = isinstance(group_size, int | np.integer) and not isinstance(group_size, bool)
+  if not whole or group_size < 1 or num_inputs % group_size:
     raise ValueError(
-      f"group_size is {group_size}, which does not divide the {num_inputs} inputs of an output of "
-      f"{name}; take one that does, or keep that layer in full precision."
+      f"group_size is {group_size!r}, which does not divide the {num_inputs} inputs of an output "
+      f"of {name}; take one that does, or another for that layer: sizes may go by path pattern."
     )
 
 

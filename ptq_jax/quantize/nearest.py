@@ -57,7 +57,7 @@ def quantize_stacked(
     variables: stacked, leaves [M, ...].
     images: each model's own calibration images.
     plans: levels per layer path, see `plan.make`.
-    grid_options: for `grid.fit`.
+    grid_options: for `grid.fit`; `group_size` may be by path pattern, see `plan.grid_options`.
     memory_bytes: what the Hessians behind the errors may take; None: see `walk`.
     strict: refuse a model with weights that stay in full precision.
     progress: called with (name, done, total) after every layer or unit, see `plan.Progress`.
@@ -102,8 +102,7 @@ def each_layer(
   Arguments, results and errors are those of `quantize_stacked`.
   """
   layers, kept = capture.check(model, variables, images, plans=plans, strict=strict)
-  capture.check_groups(layers, plans, grid_options)
-  options = tuple(sorted((grid_options or {}).items()))
+  options = plan.grid_options(layers, plans, grid_options)
   budget = memory_bytes or walk.default_memory_bytes()
   kernels, records = {}, plan.Records()
   wanted = [layer for layer in layers if any(chosen[layer.path] is not None for chosen in plans)]
@@ -114,7 +113,7 @@ def each_layer(
     original = jnp.asarray(trees.get(variables, layer.kernel))
     hessians = next(found)[1] if layer in wanted else None
     kernels[layer.kernel], before, after, grids = _layer(
-      solve, options, layer, original, hessians, levels
+      solve, options[layer.path], layer, original, hessians, levels
     )
     end = time.perf_counter()
     seconds = np.full(after.shape, (end - start) / after.size)
@@ -133,7 +132,7 @@ def _layer(solve, options, layer, original, hessians, levels):
   distinct = sorted({count for count in levels if count is not None})
   where = tuple(None if count is None else distinct.index(count) for count in levels)
   if distinct:
-    given = (*options, ("two_levels", distinct[0] == grid.MIN_LEVELS))
+    given = tuple(sorted((options | {"two_levels": distinct[0] == grid.MIN_LEVELS}).items()))
     job, fitted, before = _round(layer.unnamed, given, original, hessians, np.array(distinct))
     kernels, *parts = _finish(layer.unnamed, where, original, job, solve(job), before, fitted)
   else:

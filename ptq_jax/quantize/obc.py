@@ -76,7 +76,7 @@ def quantize_stacked(
       that the images are not members only, as in the paper's code: they must then be given.
     batchnorm_images: each model's own; None: the calibration images.
     block_size: see `quantize_matrix`.
-    grid_options: for `grid.fit`.
+    grid_options: for `grid.fit`; `group_size` may be by path pattern, see `plan.grid_options`.
     memory_bytes: what the Hessians, and what the rows eliminated at once, may take; None: a default
       for the platform each. Only a memory knob.
     strict: refuse a model with weights that stay in full precision.

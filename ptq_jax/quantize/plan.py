@@ -6,7 +6,7 @@ A plan is a dict from layer path to levels; None keeps the layer in full precisi
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ Levels = int | None
 
 Plan = dict[str, Levels]
 """Levels per layer path, every layer of the model listed, in execution order."""
+
+Value = TypeVar("Value")
 
 
 class Record(NamedTuple):
@@ -111,7 +113,7 @@ def make(
     if chosen is not None:
       plan[path] = None if chosen == FULL else chosen
   for pattern, chosen in (overrides or {}).items():
-    matches = fnmatch.filter(paths, pattern)
+    matches = _matches(pattern, paths)
     if not matches:
       raise ValueError(f"override {pattern!r} matches no layer; the layers are {paths}.")
     plan |= dict.fromkeys(matches, chosen)
@@ -141,7 +143,7 @@ def resolve(
   """
   if not isinstance(levels, Mapping):
     return make(layers, levels=levels, last_layer_levels=last_layer_levels)
-  plan = _matched(levels, layers)
+  plan = by_pattern(levels, layers)
   check(plan, layers)
   if last_layer_levels is not None:
     plan[layers[-1].path] = None if last_layer_levels == FULL else last_layer_levels
@@ -149,27 +151,70 @@ def resolve(
   return plan
 
 
-def _matched(levels, layers) -> Plan:
-  """Levels of every layer by the first of the patterns that matches its path."""
+def by_pattern(
+  values: Mapping[str, Value], layers: Sequence[Layer], *, what: str = "plan"
+) -> dict[str, Value]:
+  """The value of every layer: that of the first pattern (`fnmatch`) which matches its path.
+
+  Args:
+    what: the values, in the message.
+  Raises:
+    ValueError: a pattern that matches no layer, or a layer that no pattern matches.
+  """
   paths = [layer.path for layer in layers]
-  plan: Plan = {}
-  for pattern, chosen in levels.items():
-    matches = [path for path in paths if path == pattern or fnmatch.fnmatchcase(path, pattern)]
-    if not matches:
-      raise ValueError(f"plan and layers differ at {pattern!r}; the layers are {paths}.")
-    plan = dict.fromkeys(matches, chosen) | plan
-  return {path: plan[path] for path in paths if path in plan}
+  found: dict[str, Value] = {}
+  for pattern, value in values.items():
+    matches = _matches(pattern, paths)
+    _require_same(what, set() if matches else {pattern}, paths)
+    found = dict.fromkeys(matches, value) | found
+  _require_same(what, set(paths) - set(found), paths)
+  return {path: found[path] for path in paths}
+
+
+def grid_options(
+  layers: Sequence[Layer], plans: Sequence[Plan], options: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+  """The options of `grid.fit` for every layer, by path.
+
+  Args:
+    options: for all layers, but `group_size` may be sizes by path pattern, see `by_pattern`:
+      `{"head/*": None, "*": 64}`.
+  Raises:
+    ValueError: what `by_pattern` refuses, or a group size that does not divide the inputs of a
+      layer that a plan quantizes.
+  """
+  options = dict(options or {})
+  sizes = options.pop("group_size", None)
+  if not isinstance(sizes, Mapping):
+    sizes = {layer.path: sizes for layer in layers}
+  sizes, found = by_pattern(sizes, layers, what="group_size"), {}
+  for layer in layers:
+    quantized = any(chosen[layer.path] is not None for chosen in plans)
+    size = sizes[layer.path] if quantized else None
+    if size is not None:
+      grid.check_group_size(size, layer.num_rows, f"layer {layer.path!r}")
+    found[layer.path] = options | {"group_size": size}
+  return found
 
 
 def check(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> None:
   """Raises ValueError unless the plan gives every layer, and nothing else, levels in 2..256."""
   paths = [layer.path for layer in layers]
-  odd = sorted(set(plan) ^ set(paths))
-  if odd:
-    raise ValueError(f"plan and layers differ at {odd[0]!r}; the layers are {paths}.")
+  _require_same("plan", set(plan) ^ set(paths), paths)
   for chosen in plan.values():
     if chosen is not None:
       grid.check_levels(chosen)
+
+
+def _matches(pattern, paths) -> list[str]:
+  """The paths that a pattern means: the path that it is, or those that it matches."""
+  return [pattern] if pattern in paths else [p for p in paths if fnmatch.fnmatchcase(p, pattern)]
+
+
+def _require_same(what, odd, paths):
+  """Raises ValueError for the first of the odd paths or patterns, if there is one."""
+  if odd:
+    raise ValueError(f"{what} and layers differ at {min(odd)!r}; the layers are {paths}.")
 
 
 def kept_records(kept: Sequence[Kept], *, num_plans: int, num_models: int) -> list[Record]:

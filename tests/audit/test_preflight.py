@@ -51,7 +51,16 @@ BAD = {
   "quantize.calibrate_on": ("all",),
   "quantize.obc": ({"damp": 0.1},),
   "quantize.adaround": ({"mini_batch": {"step": 1}},),
-  "quantize.nearest": ({"grid_options": {"nope": 1}}, {"grid_options": {"two_levels": False}}),
+  "quantize.nearest": tuple(
+    {"grid_options": options}
+    for options in (
+      {"nope": 1},
+      {"two_levels": False},
+      {"group_size": ("nope=3", "*=all")},
+      {"group_size": ("*=3.5",)},
+      {"group_size": "*=3"},
+    )
+  ),
   "attack.attacks": (("guess",), ()),
   "attack.fprs": ((2.0,), (0.0,), ()),
   "attack.resamples": (0,),
@@ -112,6 +121,16 @@ def test_a_bad_value_is_one_sentence_and_writes_nothing(tmp_path, key, value):
     preflight.open_audit(config, tmp_path / "run")
   assert len(str(caught.value).splitlines()) == 1
   assert not list((tmp_path / "run").rglob("*.npz"))
+
+
+def test_group_sizes_by_pattern_reach_the_method(tmp_path):
+  sizes = ("head/*=all", "*=9")
+  audit_ = layout.Audit(
+    tiny_config(quantize__obc__grid_options__group_size=sizes), tmp_path, tmp_path
+  )
+  preflight.check(audit_)
+  options = audit_.method_options("obc")["grid_options"]
+  assert options["group_size"] == {"head/*": None, "*": 9}
 
 
 def test_none_is_for_settings_that_may_be_left_out(tmp_path):

@@ -74,8 +74,13 @@ FEW = {
   "nearest": {},
   "obc": {},
   "adaround": {"second_moment": adaround.SECOND_MOMENT._replace(num_steps=25), "sweeps": 1},
-  "brecq": {"schedule": brecq.SCHEDULE._replace(num_steps=3, batch_size=4)},
+  "brecq": {
+    "form": "mini_batch",
+    "schedule": brecq.SCHEDULE._replace(num_steps=1, batch_size=4),
+  },
 }
+
+SIZES = {"head": None, "gen*": 4, "*": 2}
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -86,12 +91,13 @@ def test_every_method_keeps_to_the_grids_of_groups(name, tmp_path):
   plans = [plan.make(layers, levels=4, last_layer_levels="full"), plan.make(layers, levels=3)]
   keys, options = jax.random.split(jax.random.key(0), 1), FEW[name]
   quantized, records = METHODS[name].quantize_stacked(
-    keys, model, variables, images, plans=plans, grid_options={"group_size": 4}, **options
+    keys, model, variables, images, plans=plans, grid_options={"group_size": SIZES}, **options
   )
   grids = pack.grids_of(records)
   for layer in layers:
     kernel = np.asarray(trees.get(quantized, layer.kernel))
-    assert grids[layer.path].scale.shape == kernel.shape
+    grouped = layer.path != "head"
+    assert grids[layer.path].scale.shape == (kernel.shape if grouped else (2, 1, 1, 2))
     assert not np.array_equal(kernel[1, 0], trees.get(variables, layer.kernel)[0])
   for p in range(2):
     one = trees.take(quantized, p)
@@ -105,12 +111,13 @@ def test_every_method_keeps_to_the_grids_of_groups(name, tmp_path):
     )
     packed = pack.load(tmp_path / "model.npz")
     jax.tree.map(np.testing.assert_array_equal, pack.unpack(packed), jax.device_get(one))
-    for path, kernel in packed.kernels.items():
-      assert kernel.group_size in (2, 4), path
-      assert kernel.scale.size == np.prod(kernel.shape) // 4
+    counts = {path: kernel.scale.size for path, kernel in packed.kernels.items()}
+    assert [counts[f"params/{name}/kernel"] for name in ("conv", "general")] == [16, 16]
     if p == 1:
+      assert counts["params/head/kernel"] == 2
       size = pack.size(packed)
-      assert size.grids == 5 * size.num_weights // 4  # float32 and a byte for four weights each
+      assert size.grids == 5 * (16 + 16 + 2)  # float32 and a byte each
+      assert size.bits_per_weight == 8 * (size.grids + 7 + 13 + 4) / (32 + 64 + 16)
   with pytest.raises(ValueError, match="does not divide the 8 inputs of an output of layer 'conv'"):
     METHODS[name].quantize_stacked(
       keys, model, variables, images, plans=plans, grid_options={"group_size": 3}, **options

@@ -63,6 +63,31 @@ def test_plans_must_name_the_layers():
     plan.resolve(LAYERS, plan.make(LAYERS, levels=3) | {"tail": 3})
 
 
+def test_group_sizes_go_by_pattern_as_levels_do():
+  plans = [plan.make(LAYERS, levels=3, first_layer_levels="full")]
+  patterns = {"head/classifier": None, "*/conv2": 9, "blocks_?/*": 24, "*": 7}
+  found = plan.grid_options(LAYERS, plans, {"norm": 2.0, "group_size": patterns})
+  assert [each["group_size"] for each in found.values()] == [None, 24, 9, None]  # 7 is not used
+  assert {each["norm"] for each in found.values()} == {2.0}
+  assert list(plan.grid_options(LAYERS, plans, None)) == [layer.path for layer in LAYERS]
+  for sizes, message in (
+    ({"head/*": 4}, "group_size and layers differ at 'blocks_0/conv1'; the layers are"),
+    ({"tail": 4, "*": None}, "group_size and layers differ at 'tail'; the layers are"),
+    ({"head/*": 3, "*": None}, "group_size is 3, which does not divide the 8 inputs of an output"),
+    ({"*": 4.0}, "group_size is 4.0, which does not"),
+    ("64", "group_size is '64', which does not"),
+    (True, "group_size is True, which does not"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      plan.grid_options(LAYERS, plans, {"group_size": sizes})
+
+
+def test_a_path_is_no_pattern():
+  layers = [Layer(name, "dense", (8, 8)) for name in ("a1", "a[1]")]
+  assert plan.resolve(layers, {"a[1]": 3, "a1": 4}) == {"a1": 4, "a[1]": 3}
+  assert plan.make(layers, levels=3, overrides={"a[1]": 4}) == {"a1": 3, "a[1]": 4}
+
+
 def test_bits_per_weight_counts_weights():
   layers = [LAYERS[-1], Layer("other", "dense", (8, 30))]
   assert plan.bits_per_weight({"head/classifier": None, "other": 16}, layers) == (32 + 3 * 4) / 4
