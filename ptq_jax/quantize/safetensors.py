@@ -1,11 +1,13 @@
 """Quantized variables as a safetensors file, which other programs and languages read.
 
-Layout of the format: 8 bytes with the length of a header, the header in JSON, the data. Codes are
-stored one to a byte (`pack.save` is the small file). Per quantized kernel at PATH, a path in the
-variables like "params/stem/conv/kernel", there are "PATH.codes", uint8 in the kernel's shape,
-"PATH.scale" and "PATH.zero_point"; all else is stored at its path as it is. The metadata's entry
-"quantized" is JSON with the number of levels, the dtype and the group size (see `pack.Kernel`) of
-every such kernel.
+Layout of the format: 8 bytes with the length of a header, the header in JSON, the data. Per
+quantized kernel at PATH, a path in the variables like "params/stem/conv/kernel", there are
+"PATH.codes", "PATH.scale" and "PATH.zero_point"; all else is stored at its path as it is. Codes
+are uint8: of up to 16 levels two 4-bit codes in a byte, in the order of the flattened kernel, the
+first in the low half, the last half of an odd number 0; of more levels one to a byte, in the
+kernel's shape. (`pack.save` also packs 2, 3 and 4 levels, into less.) The metadata's entry
+"quantized" is JSON with, per kernel, shape, levels, bits of a code, dtype, group size (see
+`pack.Kernel`), and the formula that gives a weight.
 """
 
 import json
@@ -26,6 +28,9 @@ DTYPES = {
   **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
 """Names of dtypes in the format."""
+
+FORMULA = "(code - zero_point) * scale"
+"""The weight of a code, in the dtype of the scale."""
 
 
 def save(
@@ -48,6 +53,9 @@ def save(
         arrays[name] = data[size + start : size + end].view(dtype).reshape(about["shape"])
       for name, about in quantized.items():
         codes, scale, zero = (arrays.pop(f"{name}.{p}") for p in ("codes", "scale", "zero_point"))
+        if about["bits"] == 4:
+          codes = np.stack([codes & 15, codes >> 4], axis=-1)
+        codes = np.resize(codes, about["shape"])
         if rows := about["group_size"]:
           scale, zero = (np.repeat(part, rows, 0).reshape(codes.shape) for part in (scale, zero))
         arrays[name] = ((codes - zero.astype(scale.dtype)) * scale).astype(about["dtype"])
@@ -63,10 +71,7 @@ def save(
   metadata = dict(metadata or {})
   if "quantized" in metadata:
     raise ValueError('metadata must not have an entry "quantized"; the codes are described there.')
-  facts = {
-    path: {"levels": kernel.levels, "dtype": kernel.dtype, "group_size": kernel.group_size}
-    for path, kernel in packed.kernels.items()
-  }
+  facts = {path: _facts(kernel) for path, kernel in packed.kernels.items()}
   header: dict = {"__metadata__": metadata | {"quantized": json.dumps(facts)}}
   arrays, offset = _arrays(packed), 0
   for name, array in arrays.items():
@@ -82,13 +87,26 @@ def save(
   pack.write_whole(path, lambda file: file.writelines(parts))
 
 
+def _facts(kernel) -> dict:
+  """What a reader must know of a kernel."""
+  facts = {name: getattr(kernel, name) for name in ("shape", "levels", "dtype", "group_size")}
+  return facts | {"bits": 4 if kernel.levels <= 16 else 8, "weight": FORMULA}
+
+
+def _codes(kernel) -> np.ndarray:
+  """The codes of a kernel, two to a byte if they fit."""
+  codes = pack.from_bytes(kernel.codes, math.prod(kernel.shape), levels=kernel.levels)
+  if kernel.levels <= 16:
+    return pack.to_bytes(codes, levels=16)
+  return codes.astype(np.uint8).reshape(kernel.shape)
+
+
 def _arrays(packed) -> dict[str, np.ndarray]:
   """All arrays by name, those of the widest dtypes first, so that every one is aligned."""
   found = dict(packed.rest)
   for path, kernel in packed.kernels.items():
-    codes = pack.from_bytes(kernel.codes, math.prod(kernel.shape), levels=kernel.levels)
     parts = {
-      f"{path}.codes": codes.astype(np.uint8).reshape(kernel.shape),
+      f"{path}.codes": _codes(kernel),
       f"{path}.scale": kernel.scale,
       f"{path}.zero_point": kernel.zero_point,
     }

@@ -20,6 +20,14 @@ def documented_loader():
   return scope["load"]
 
 
+def parts_of(path):
+  """The header and the data of a file."""
+  data = path.read_bytes()
+  size = int.from_bytes(data[:8], "little")
+  assert size % 8 == 0
+  return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
 def quantized(levels, dtype=np.float32, group_size=None):
   """Variables of a convolution, a layer in full precision and odd leaves; the grids."""
   rng = np.random.default_rng(levels)
@@ -33,6 +41,30 @@ def quantized(levels, dtype=np.float32, group_size=None):
     "state": {"on": np.array([True, False, True]), "count": np.int32(7), "none": np.zeros((0, 2))},
   }
   return variables, {"conv": fitted}
+
+
+def test_every_number_of_levels_comes_back(tmp_path):
+  """An odd number of codes, every code there is, zero points at both ends and between."""
+  rng, variables, grids = np.random.default_rng(0), {"params": {}}, {}
+  for levels in range(grid.MIN_LEVELS, grid.MAX_LEVELS + 1):
+    zero = rng.integers(0, levels, 3) if levels > 2 else np.array([0.5, 0.3, 1.0])
+    fitted = grid.Grid(rng.random((1, 3), np.float32) + 0.1, zero.astype(np.float32)[None], levels)
+    codes = np.resize(rng.permutation(levels), (len(range(0, levels, 2)) | 1, 3))
+    kernel = (codes.astype(np.float32) - fitted.zero_point) * fitted.scale
+    variables["params"][f"of{levels}"] = {"kernel": kernel}
+    grids[f"of{levels}"] = fitted
+  path, packed = tmp_path / "model.safetensors", pack.pack(variables, grids)
+  safetensors.save(path, packed)
+  found = documented_loader()(path)
+  for name, kernel in trees.flatten(variables).items():
+    assert found[name].shape == kernel.shape
+    assert found[name].tobytes() == kernel.tobytes(), name
+  header, _ = parts_of(path)
+  for name, kernel in packed.kernels.items():
+    begin, end = header[f"{name}.codes"]["data_offsets"]
+    num = int(np.prod(kernel.shape))
+    assert end - begin == (num if kernel.levels > 16 else (num + 1) // 2)
+    assert kernel.levels < 5 or end - begin == kernel.codes.nbytes  # bits per weight count these
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
@@ -54,25 +86,30 @@ def test_the_layout_is_that_of_the_format(tmp_path):
   variables, grids = quantized(4)
   path = tmp_path / "model.safetensors"
   safetensors.save(path, pack.pack(variables, grids), metadata={"made by": "a test"})
-  data = path.read_bytes()
-  size = int.from_bytes(data[:8], "little")
-  header = json.loads(data[8 : 8 + size])
+  header, data = parts_of(path)
   about = header.pop("__metadata__")
-  assert size % 8 == 0
   assert about.pop("made by") == "a test"
   kernel = "params/conv/kernel"
   assert json.loads(about["quantized"]) == {
-    kernel: {"levels": 4, "dtype": "float32", "group_size": 0}
+    kernel: {
+      "shape": [3, 3, 2, 5],
+      "levels": 4,
+      "dtype": "float32",
+      "group_size": 0,
+      "bits": 4,
+      "weight": "(code - zero_point) * scale",
+    }
   }
   codes = header[f"{kernel}.codes"]
-  assert (codes["dtype"], codes["shape"]) == ("U8", [3, 3, 2, 5])
+  assert (codes["dtype"], codes["shape"]) == ("U8", [45])
   begin, end = codes["data_offsets"]
-  stored = np.frombuffer(data[8 + size + begin : 8 + size + end], np.uint8).reshape(3, 3, 2, 5)
+  stored = np.frombuffer(data[begin:end], np.uint8)
   fitted = grids["conv"]._replace(levels=4)
-  np.testing.assert_array_equal(stored, grid.codes(variables["params"]["conv"]["kernel"], fitted))
+  expected = np.ravel(grid.codes(variables["params"]["conv"]["kernel"], fitted))
+  np.testing.assert_array_equal(stored, expected[::2] + 16 * expected[1::2])
   spans = [each["data_offsets"] for each in header.values()]
   assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
-  assert spans[-1][1] == len(data) - 8 - size
+  assert spans[-1][1] == len(data)
   for each in header.values():
     width = 1 if each["dtype"] in ("BOOL", "U8") else int(each["dtype"][1:]) // 8
     assert each["data_offsets"][0] % width == 0
