@@ -121,13 +121,6 @@ def make(
   return plan
 
 
-def last_layer_sweep(
-  layers: Sequence[Layer], *, levels: int = 3, sweep: Sequence[int | str] = LAST_LAYER_SWEEP
-) -> list[Plan]:
-  """One plan per precision of the last layer, the rest at `levels`."""
-  return [make(layers, levels=levels, last_layer_levels=last) for last in sweep]
-
-
 def resolve(
   layers: Sequence[Layer],
   levels: Levels | Mapping[str, Levels],

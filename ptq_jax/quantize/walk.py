@@ -161,16 +161,6 @@ def default_memory_bytes() -> int:
   return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
 
 
-def activation_bytes(chain_: Sequence[Unit], num_images: int) -> int:
-  """Bytes of the largest unit's inputs and outputs, full precision and quantized, of one pair."""
-  largest = max(
-    int(np.prod(layer.input_shape)) + int(np.prod(layer.output_shape))
-    for unit in chain_
-    for layer in unit.layers
-  )
-  return 2 * 4 * num_images * largest
-
-
 def fit_grids(
   site: Site, layer: Layer, options: Mapping[str, Any]
 ) -> tuple[Array, Grid, np.ndarray]:

@@ -29,13 +29,6 @@ def test_ends_and_overrides():
   assert chosen(levels=3, last_layer_levels=16, overrides={"head/*": 5}) == [3, 3, 3, 5]
 
 
-def test_last_layer_sweep():
-  plans = plan.last_layer_sweep(LAYERS)
-  assert [p["head/classifier"] for p in plans] == [3, 4, 8, 16, 256, None]
-  assert all(list(p.values())[:3] == [3, 3, 3] for p in plans)
-  assert [p["stem/conv"] for p in plan.last_layer_sweep(LAYERS, levels=4, sweep=(16,))] == [4]
-
-
 def test_a_pattern_that_matches_nothing_lists_the_paths():
   with pytest.raises(ValueError, match=r"'block_\*' matches no layer.*blocks_0/conv1"):
     plan.make(LAYERS, levels=4, overrides={"block_*": 8})
