@@ -41,7 +41,7 @@ noise in the objective, so long memories in Adam only slow it down (BUILD_NOTES.
 SWEEPS = 10
 """Most passes of `quadratic.polish` after the second-moment form."""
 
-Solve = Callable[..., tuple[Array, np.ndarray, np.ndarray, np.ndarray]]
+Form = Callable[..., tuple[Array, np.ndarray, np.ndarray, np.ndarray]]
 """Of (site, layer, kernels, grids, active): kernels, errors before and after, and steps of the
 active branches."""
 
@@ -103,11 +103,12 @@ def quantize_stacked(
     outcomes = []
     for layer in site.unit.layers:
       if forms[layer.path] == "second_moment":
-        solve = by_moments(schedule=second_moment, stop=stop, sweeps=sweeps)
+        solve = functools.partial(by_moments, schedule=second_moment, stop=stop, sweeps=sweeps)
       else:
-        solve = functools.partial(_by_mini_batches, schedule=mini_batch, stop=stop)
-      outcomes.append(quantize_layer(site, layer, solve, fit_options[layer.path]))
-    return outcomes
+        solve = functools.partial(by_mini_batches, schedule=mini_batch, stop=stop)
+      site, outcome = quantize_layer(site, layer, solve, fit_options[layer.path])
+      outcomes.append(outcome)
+    return site, outcomes
 
   return walk.quantize_stacked(
     method,
@@ -150,12 +151,12 @@ def _has_batches(layer: Layer) -> bool:
 
 
 def quantize_layer(
-  site: walk.Site, layer: Layer, solve: Solve, options: Mapping[str, Any]
-) -> walk.Outcome:
+  site: walk.Site, layer: Layer, solve: Form, options: Mapping[str, Any]
+) -> tuple[walk.Site, walk.Outcome]:
   """Quantizes one layer of every branch whose plans ask for it.
 
   Args:
-    solve: `by_moments(...)`, or another way to round a layer.
+    solve: `by_moments` or `by_mini_batches`, their options given.
     options: for `grid.fit`.
   """
   start = time.perf_counter()
@@ -167,17 +168,24 @@ def quantize_layer(
     found, before[active], after[active], steps[active] = solve(
       site, layer, chosen, chosen_grids, active
     )
-    walk.replace_kernels(site, layer, active, found)
+    site = walk.replace_kernels(site, layer, active, found)
   kept = {layer.path: grids._replace(levels=levels)}
-  return walk.Outcome(layer.path, before, after, steps, kept, time.perf_counter() - start)
+  seconds = time.perf_counter() - start
+  return site, walk.Outcome(layer.path, before, after, steps, kept, seconds)
 
 
-def by_moments(*, schedule: Schedule = SECOND_MOMENT, stop: str, sweeps: int = SWEEPS) -> Solve:
-  """The second-moment form, for `quantize_layer`."""
-  return functools.partial(_by_moments, schedule=schedule, stop=stop, sweeps=sweeps)
-
-
-def _by_moments(site, layer, kernels, grids, active, *, schedule, stop, sweeps):
+def by_moments(
+  site: walk.Site,
+  layer: Layer,
+  kernels: Array,
+  grids: Grid,
+  active: np.ndarray,
+  *,
+  schedule: Schedule = SECOND_MOMENT,
+  stop: str,
+  sweeps: int = SWEEPS,
+) -> tuple[Array, np.ndarray, np.ndarray, np.ndarray]:
+  """The second-moment form, a `Form`."""
   sums = walk.stack([_layer_moments(site, layer, int(index)) for index in active])
   found, solution = _solve(layer.unnamed, schedule, stop, sweeps, kernels, grids, sums)
   return found, *(np.asarray(part) for part in solution[1:])
@@ -264,8 +272,17 @@ class LayerRun(NamedTuple):
     return product.reshape(len(inputs), -1, self.layer.num_columns)
 
 
-def _by_mini_batches(site, layer, kernels, grids, active, *, schedule, stop):
-  """The mini-batch form, for `quantize_layer`."""
+def by_mini_batches(
+  site: walk.Site,
+  layer: Layer,
+  kernels: Array,
+  grids: Grid,
+  active: np.ndarray,
+  *,
+  schedule: Schedule,
+  stop: str,
+) -> tuple[Array, np.ndarray, np.ndarray, np.ndarray]:
+  """The mini-batch form, a `Form`."""
   inputs, targets = [], []
   for index in active:
     model_index = site.models[index]

@@ -183,18 +183,18 @@ def _convolve_by_patches(unit):
   return intercept
 
 
-def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
+def _quantize_unit(site: walk.Site, *, options: _Options) -> tuple[walk.Site, list[walk.Outcome]]:
   """Learns the roundings of one unit for every branch whose plans quantize anything in it."""
   if not site.unit.layers:
-    return []
-  if _by_moments(site, options):
-    outcome = adaround.quantize_layer(
+    return site, []
+  if _is_quadratic(site, options):
+    site, outcome = adaround.quantize_layer(
       site,
       site.unit.layers[0],
-      adaround.by_moments(stop=options.stop),
+      functools.partial(adaround.by_moments, stop=options.stop),
       options.grid_options[site.unit.layers[0].path],
     )
-    return [outcome._replace(name=site.unit.name)]
+    return site, [outcome._replace(name=site.unit.name)]
   start = time.perf_counter()
   fitted = {
     layer: walk.fit_grids(site, layer, options.grid_options[layer.path])
@@ -222,15 +222,15 @@ def _quantize_unit(site: walk.Site, *, options: _Options) -> list[walk.Outcome]:
       batch_size=capture.images_at_once(site.unit.layers, memory_bytes=memory_bytes),
     )
     for layer in paths:
-      walk.replace_kernels(site, layer, active, kernels[layer.path])
+      site = walk.replace_kernels(site, layer, active, kernels[layer.path])
   grids = {
     layer.path: grids._replace(levels=levels) for layer, (_, grids, levels) in fitted.items()
   }
   seconds = time.perf_counter() - start
-  return [walk.Outcome(site.unit.name, before, after, steps, grids, seconds)]
+  return site, [walk.Outcome(site.unit.name, before, after, steps, grids, seconds)]
 
 
-def _by_moments(site: walk.Site, options: _Options) -> bool:
+def _is_quadratic(site: walk.Site, options: _Options) -> bool:
   """Whether a unit is left to AdaRound's second-moment form."""
   if options.form != "auto" or options.loss != "mse" or len(site.unit.layers) > 1:
     return False

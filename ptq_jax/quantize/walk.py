@@ -70,8 +70,8 @@ class Site(NamedTuple):
   """Full-precision variables per model."""
   full_inputs: Mapping[int, Array]
   """Unit inputs of the full-precision network per model."""
-  quantized: list[Variables]
-  """Variables quantized so far, per branch; methods replace kernels here."""
+  quantized: Sequence[Variables]
+  """Variables quantized so far, per branch."""
   quantized_inputs: Sequence[Array]
   """Unit inputs of the network quantized so far, per branch."""
   images: Mapping[int, Array] | None = None
@@ -96,8 +96,8 @@ class Outcome(NamedTuple):
   """Of the whole chunk."""
 
 
-Method = Callable[[Site], list[Outcome]]
-"""Quantizes the layers of one unit for all branches of a site, in place."""
+Method = Callable[[Site], tuple[Site, list[Outcome]]]
+"""The site once the layers of its unit are quantized for all branches, see `replace_kernels`."""
 
 
 def quantize_stacked(
@@ -178,12 +178,14 @@ def fit_grids(
 
 def replace_kernels(
   site: Site, layer: Layer, active: Int[np.ndarray, " active"], kernels: Array
-) -> None:
-  """Writes the kernels [active, ...] into the quantized variables of the branches at `active`."""
+) -> Site:
+  """The site with kernels [active, ...] in the quantized variables of the branches at `active`."""
+  quantized = list(site.quantized)
   for row, index in enumerate(active):
-    old = trees.get(site.quantized[index], layer.kernel)
+    old = trees.get(quantized[index], layer.kernel)
     kernel = _row(kernels, row).astype(old.dtype)
-    site.quantized[index] = trees.replace(site.quantized[index], {layer.kernel: kernel})
+    quantized[index] = trees.replace(quantized[index], {layer.kernel: kernel})
+  return site._replace(quantized=quantized)
 
 
 def stack(parts: Sequence[PyTree]) -> PyTree:
@@ -296,7 +298,8 @@ def _run_chunk(method, keys, model, variables, images, plans, chain, chunk, tell
       [branch.inputs for branch in branches],
       start,
     )
-    outcomes += [_per_pair(outcome, branches) for outcome in method(site)]
+    site, found = method(site)
+    outcomes += [_per_pair(outcome, branches) for outcome in found]
     branches = [b._replace(variables=v) for b, v in zip(branches, site.quantized, strict=True)]
     if unit.images is None and index + 1 < len(chain):
       full_inputs = {m: run_unit(model, unit, full[m], x) for m, x in full_inputs.items()}

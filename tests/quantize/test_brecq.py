@@ -145,9 +145,9 @@ def test_fisher_weights_reach_the_loop(residual, monkeypatch):
 def test_only_a_layer_with_nothing_after_it_is_left_to_adaround(residual, name, layerwise):
   site = site_of(*residual, name)
   options = brecq._Options("mse", None, "auto", brecq.SCHEDULE, "plateau", {})
-  assert brecq._by_moments(site, options) == layerwise
-  assert not brecq._by_moments(site, options._replace(form="mini_batch"))
-  assert not brecq._by_moments(site, options._replace(loss="fisher"))
+  assert brecq._is_quadratic(site, options) == layerwise
+  assert not brecq._is_quadratic(site, options._replace(form="mini_batch"))
+  assert not brecq._is_quadratic(site, options._replace(loss="fisher"))
 
 
 def test_the_head_is_rounded_better_than_by_mini_batches(residual):

@@ -120,7 +120,7 @@ def test_grids_of_the_records_hold_the_weights(everything):
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on(pair, plans, everything, monkeypatch):
-  solve = adaround._by_moments
+  solve = adaround.by_moments
   sizes = []
 
   def limited(site, layer, kernels, *rest, **options):
@@ -129,7 +129,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(pair, plans, everything, mon
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     return solve(site, layer, kernels, *rest, **options)
 
-  monkeypatch.setattr(adaround, "_by_moments", limited)
+  monkeypatch.setattr(adaround, "by_moments", limited)
   with pytest.warns(UserWarning, match="out of memory with 6 pairs .* going on with 3"):
     variables, _ = adarounded(pair, plans)
   assert_equal(variables, everything[0])
@@ -139,7 +139,7 @@ def test_other_errors_and_single_pairs_are_not_retried(pair, plans, monkeypatch)
   def broken(*args, **options):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-  monkeypatch.setattr(adaround, "_by_moments", broken)
+  monkeypatch.setattr(adaround, "by_moments", broken)
   with (
     pytest.raises(jax.errors.JaxRuntimeError),
     pytest.warns(UserWarning, match="going on with 1"),
