@@ -62,7 +62,8 @@ def pairs(
   """Layer path -> (path, epsilon) of the BN that alone consumes the layer's output.
 
   The model is traced, never run: layer outputs and BN inputs are tagged with names, and a pair is
-  an output tag whose only consumer is a BN's input tag. Layer and BN each run exactly once.
+  an output tag whose only consumer is a BN's input tag. Layer and BN each run exactly once, and
+  are not stacked by `nn.vmap` or `nn.scan`.
   """
   epsilons: dict[str, float] = {}
   runs: collections.Counter[str] = collections.Counter()
@@ -93,10 +94,11 @@ def pairs(
     lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), (variables, images)
   )
   closed = jax.make_jaxpr(run)(*shapes)
+  sizes = {path: leaf.shape for path, leaf in trees.flatten(shapes[0]).items()}
   return {
     layer: (norm, epsilons[norm])
     for layer, norm in _tagged_pairs(closed.jaxpr)
-    if runs[layer] == 1 == runs[norm]
+    if runs[layer] == 1 == runs[norm] and len(sizes[f"batch_stats/{norm}/var"]) == 1
   }
 
 

@@ -1,6 +1,7 @@
 """Running statistics of batch normalisation, estimated anew for a network whose weights changed."""
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -88,8 +89,8 @@ def estimate_stacked(
 
 
 def _norms(model, variables, images) -> dict[str, tuple[float, int]]:
-  """Per path of a normalisation in training mode: what its calls leave of the old statistics (the
-  momentum to the power of their number), and values per channel that a call sees."""
+  """Per path of a normalisation its momentum, 1 if no call is in training mode, and values per
+  channel that a call sees."""
   found: dict[str, tuple[float, int]] = {}
   active: list[str] = []
 
@@ -104,11 +105,10 @@ def _norms(model, variables, images) -> dict[str, tuple[float, int]]:
     x = args[0] if args else kwargs["x"]
     axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
     values = x.size // max(1, int(np.prod([x.shape[axis] for axis in axes])))
-    left, fewest = found.get(path, (1.0, values))
+    least, fewest = found.get(path, (1.0, values))
     running = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
     running = module.use_running_average if running is None else running
-    kept = 1.0 if running else float(module.momentum)
-    found[path] = left * kept, min(fewest, values)
+    found[path] = least if running else float(module.momentum), min(fewest, values)
     return outputs
 
   with nn.intercept_methods(note):
@@ -126,18 +126,33 @@ def _updated(model, key, variables, images):
 
 @functools.partial(conv.jit, static_argnums=(0, 1))
 def _batch_moments(model, momenta, key, variables, images) -> dict[str, Float[Array, "..."]]:
-  """Means, and mean squares in place of variances, of a batch, by path in the variables."""
+  """Means, and mean squares in place of variances, of a batch, by path in the variables.
+
+  What an update leaves of old statistics is its derivative: a scan traces a call once and runs it
+  often.
+  """
   old = trees.flatten(variables)
-  zeros = {p: jnp.zeros_like(old[p]) for mean, var, _ in _leaves(momenta) for p in (mean, var)}
-  new = trees.flatten(_updated(model.module, key, trees.replace(variables, zeros), images))
+  paths = [path for mean, var, _ in _leaves(momenta) for path in (mean, var)]
+  wide = {path: jnp.promote_types(old[path].dtype, jnp.float32) for path in paths}
+  zeros = {path: jnp.zeros(old[path].shape, wide[path]) for path in paths}
+
+  def update(statistics):
+    new = _updated(model.module, key, trees.replace(variables, statistics), images)
+    return {path: leaf for path, leaf in trees.flatten(new).items() if path in statistics}
+
+  new, left = jax.jvp(update, (zeros,), (jax.tree.map(jnp.ones_like, zeros),))
   found = {}
   for mean, var, momentum in _leaves(momenta):
-    found[mean] = new[mean] / (1 - momentum)
-    found[var] = new[var] / (1 - momentum) + found[mean] ** 2
+    share = 1.0
+    if momentum:
+      rate = math.log(momentum)
+      share = -jnp.expm1(jnp.round(jnp.log(left[mean]) / rate) * rate)  # no difference of near ones
+    found[mean] = new[mean] / share
+    found[var] = new[var] / share + found[mean] ** 2
   return found
 
 
 def _leaves(momenta) -> Iterator[tuple[str, str, float]]:
-  """(path of the mean, of the variance, what is left of old ones) per normalisation."""
+  """(path of the mean, of the variance, momentum) per normalisation."""
   for path, momentum in momenta:
     yield f"batch_stats/{path}/mean", f"batch_stats/{path}/var", momentum

@@ -32,8 +32,15 @@ class Sequential(nn.Module):
     return nn.BatchNorm(**norm, name="full")(x)
 
 
+class Twin(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.BatchNorm(use_running_average=True)(nn.Dense(2)(x))
+
+
 class Awkward(nn.Module):
-  """BNs that cannot be folded: the layer's output is used twice or changed, or the axis differs."""
+  """BNs that cannot be folded: the layer's output is used twice or changed, the axis differs, or
+  there are two of both."""
 
   @nn.compact
   def __call__(self, images, train: bool = False):
@@ -42,7 +49,9 @@ class Awkward(nn.Module):
     y = nn.relu(nn.Conv(6, (3, 3), name="activated")(x))
     y = nn.BatchNorm(use_running_average=True, name="after_relu")(y)
     z = nn.Conv(6, (3, 3), name="by_rows")(y)
-    return nn.BatchNorm(use_running_average=True, axis=1, name="of_rows")(z)
+    z = nn.BatchNorm(use_running_average=True, axis=1, name="of_rows")(z)
+    twins = nn.vmap(Twin, {"params": 0, "batch_stats": 0}, {"params": True}, None, axis_size=2)
+    return twins(name="twins")(z)
 
 
 def random_variables(model, seed):

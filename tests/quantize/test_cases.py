@@ -258,6 +258,33 @@ def test_a_norm_that_runs_twice_gets_the_average_of_both():
   np.testing.assert_allclose(found["mean"], (0.5 * mean + 3 * mean) / 1.5, rtol=1e-5)
 
 
+def test_a_scanned_norm_gets_the_statistics_of_each_turn():
+  class Turn(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, _):
+      return nn.BatchNorm(use_running_average=not self.train, name="norm")(x) ** 2, None
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+      turns = nn.scan(Turn, {"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2)
+      return turns(train, name="turns")(x, None)[0]
+
+  images = np.random.default_rng(0).normal(2, 1, (50, 3)).astype(np.float32)
+  variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), fresh.variables(Model(), images))
+  found = batchnorm.estimate(KEY, Model(), variables, jnp.asarray(images))["batch_stats"]["turns"]
+  scale, bias = (np.float32(variables["params"]["turns"]["norm"][n][0]) for n in ("scale", "bias"))
+  second = (scale * (images - images.mean(0)) / images.std(0) + bias) ** 2
+  assert found["norm"]["mean"].dtype == jnp.bfloat16
+  for x, mean, var in zip(
+    (images, second), found["norm"]["mean"], found["norm"]["var"], strict=True
+  ):
+    np.testing.assert_allclose(np.float32(mean), x.mean(0), rtol=0.01)
+    np.testing.assert_allclose(np.float32(var), x.var(0), rtol=0.01)
+
+
 def test_one_image_leaves_statistics_without_a_variance_alone():
   class Model(nn.Module):
     @nn.compact
