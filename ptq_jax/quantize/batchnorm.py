@@ -19,6 +19,9 @@ from ptq_jax.quantize import capture
 BATCH_SIZE = 512
 """Images at once, each batch normalised by its own statistics."""
 
+NO_SPREAD = 1e-6
+"""A variance that is no more of the mean square is what float32 leaves of none."""
+
 
 def estimate(
   key: Key,
@@ -33,8 +36,9 @@ def estimate(
   The model runs in training mode, in batches nearly equal in size and at most `batch_size`; the
   batches' means and mean squares are averaged. What a batch gave follows from the update of
   running statistics that were 0, and the momentum of the module. Statistics of a layer that sees a
-  single value per channel (one image, no pixels) have no variance: they stay, with a warning. So
-  does whatever else "batch_stats" holds. Variables without "batch_stats" come back as they are.
+  single value per channel (one image, no pixels), or the same one for all images, have no variance:
+  they stay, with a warning. So does whatever else "batch_stats" holds. Variables without
+  "batch_stats" come back as they are.
 
   Args:
     key: for dropout, should the model have some.
@@ -64,9 +68,15 @@ def estimate(
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   old, changed = trees.flatten(variables), {}
   for mean, var, *_ in _leaves(momenta):
-    changed[mean] = total[mean].astype(old[mean].dtype)
     centered = jnp.maximum(total[var] - total[mean] ** 2, 0)
-    changed[var] = centered.astype(old[var].dtype)
+    if bool((centered <= NO_SPREAD * total[var]).all()):
+      warnings.warn(
+        f"the images give {mean.split('/', 1)[1].rpartition('/')[0]!r} no variance in any channel; "
+        "its statistics stay as they are. Calibrate with images that differ.",
+        stacklevel=2,
+      )
+      continue
+    changed |= {mean: total[mean].astype(old[mean].dtype), var: centered.astype(old[var].dtype)}
   return trees.replace(variables, changed)
 
 

@@ -300,6 +300,21 @@ def test_one_image_leaves_statistics_without_a_variance_alone():
   assert jnp.abs(found).max() < 2 * jnp.abs(full).max()
 
 
+def test_images_that_do_not_differ_leave_statistics_alone():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+      return nn.BatchNorm(use_running_average=not train, name="norm")(x)
+
+  images = jnp.asarray([[0.3, -7.0, 0.0]] * 20)
+  variables = fresh.variables(Model(), images)
+  with pytest.warns(UserWarning, match="give 'norm' no variance in any channel"):
+    found = batchnorm.estimate(KEY, Model(), variables, images)
+  jax.tree.map(np.testing.assert_array_equal, found, variables)
+  found = batchnorm.estimate(KEY, Model(), variables, images.at[0, 0].set(0.4))
+  np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], [0.305, -7, 0], rtol=1e-5)
+
+
 def test_labels_of_one_model():
   model = Plain()
   variables = fresh.variables(model, IMAGES)
