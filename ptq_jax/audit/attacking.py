@@ -537,6 +537,7 @@ def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
   full = scores_of(audit, FULL_PRECISION)
   mismatch = guards.accuracy_mismatch(full["shadow_accuracy"], full["target_accuracy"])
   sentences["accuracy"] = mismatch
+  sentences["model"] = " ".join(audit.notes_on_model)
   sentences |= useless(audit.dataset.test_labels, records.select(found, "leakage"))
   sentences["leakage"] = nothing_found(found)
   sentences |= {f"models, {i + 1}": sentence for i, sentence in enumerate(omitted)}

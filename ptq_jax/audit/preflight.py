@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 
 from ptq_jax import settings, storage
 from ptq_jax.attack import guards, protocol
@@ -422,29 +423,36 @@ def _check_data(audit):
 
 
 def _check_model(audit):
-  """That the model takes the inputs and gives a number for each class."""
-  data = audit.dataset
+  """That the model takes the inputs and gives a number for each class, in both of its modes."""
+  data, name = audit.dataset, audit.config.model.name
   images = data.fed(2)
-  name = audit.config.model.name
-  try:
-    init = functools.partial(call.init, audit.model)
-    variables = jax.eval_shape(init, jax.random.key(0), images)
-    logits = jax.eval_shape(functools.partial(call.apply, audit.model), variables, images)
-  except Exception as error:  # whatever a model of the user's raises
-    reason = " ".join(str(error).split())[:300]
-    hint = {"vectors": " (mlp takes vectors)", "tokens": " (transformer takes tokens)"}
-    raise ValueError(
-      f"model {name} cannot take {data.kind} of shape {data.image_shape}"
-      f"{hint.get(data.kind, '')}: {type(error).__name__}: {reason}"
-    ) from error
-  if getattr(logits, "shape", None) != (2, data.num_classes):
-    raise ValueError(
-      f"model {name} gives {getattr(logits, 'shape', logits)} for 2 {data.kind} of "
-      f"{data.num_classes} "
-      f"classes; it must give logits (2, {data.num_classes})."
-    )
-  if not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise ValueError(f"model {name} gives {logits.dtype}; logits must be floating-point numbers.")
+  init = functools.partial(call.init, audit.model)
+  for train in (False, True):
+    mode = " in training" if train else ""
+    try:
+      variables = jax.eval_shape(init, jax.random.key(0), images)
+      logits = jax.eval_shape(functools.partial(_run, audit.model, train), variables, images)
+    except errors.ModifyScopeVariableError as error:
+      raise ValueError(
+        f"model {name} changes its statistics in evaluation mode, too; give its BatchNorm "
+        "use_running_average=not train, with `train` an argument of the model's __call__."
+      ) from error
+    except Exception as error:  # whatever a model of the user's raises
+      reason = " ".join(str(error).split())[:300]
+      hint = {"vectors": " (mlp takes vectors)", "tokens": " (transformer takes tokens)"}
+      raise ValueError(
+        f"model {name} cannot take {data.kind} of shape {data.image_shape}{mode}"
+        f"{hint.get(data.kind, '')}: {type(error).__name__}: {reason}"
+      ) from error
+    if getattr(logits, "shape", None) != (2, data.num_classes):
+      raise ValueError(
+        f"model {name} gives {getattr(logits, 'shape', logits)} for 2 {data.kind} of "
+        f"{data.num_classes} classes{mode}; it must give logits (2, {data.num_classes})."
+      )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+      raise ValueError(
+        f"model {name} gives {logits.dtype}{mode}; logits must be floating-point numbers."
+      )
   if data.kind == "tokens":
     splits = (data.train_images, data.test_images)
     tables.require_rows(audit.model, variables, np.stack([split.max(axis=0) for split in splits]))
@@ -455,6 +463,17 @@ def _check_model(audit):
         f"{data.kind} of shape {data.image_shape} are too small for model {name}: nothing is left "
         f"of them at {layer.path}{scale_up}."
       )
+  for note in audit.notes_on_model:
+    audit.say(note)
+
+
+def _run(model, train, variables, images):
+  """Logits of a model in one of its modes."""
+  if not train:
+    return call.apply(model, variables, images)
+  mutable = [collection for collection in variables if collection != "params"]
+  rngs = call.rngs(jax.random.key(0))
+  return call.apply(model, variables, images, train=True, mutable=mutable, rngs=rngs)[0]
 
 
 def verify(audit: Audit) -> list[str]:

@@ -5,7 +5,6 @@ one model and `quantize_stacked(keys, model, variables, images, *, plans, ...)` 
 `quantize_stacked` here shares these many among the devices of a process.
 """
 
-import functools
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax.base import ArrayLike, Int, Keys, Shaped, Variables
-from ptq_jax.models import call, parallel
+from ptq_jax.models import classifier, parallel
 from ptq_jax.models import units as model_units
 from ptq_jax.models.units import Survey
 from ptq_jax.quantize import adaround, brecq, capture, nearest, obc, walk
@@ -103,8 +102,7 @@ def check_model(
 ) -> Survey:
   """What a model holds, once it is known that every method can quantize it; before any training.
 
-  The model runs once, with random weights (not fresh ones, which may be normalised already, and
-  whose draws take long to compile) and on one random image.
+  The model runs once, with random weights and on one random image.
 
   Args:
     model: any Linen model, see `models.call`.
@@ -113,43 +111,15 @@ def check_model(
     plans: levels per layer, see `plan.make`; None: all layers are quantized.
     strict, units: as the methods take them.
   Raises:
-    ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`; outputs
-      that are probabilities.
+    ValueError: what the methods would refuse, see `capture.check` and `models.units.chain`.
   """
   rng = np.random.default_rng(0)
   image = np.asarray(rng.normal(size=(1, *image_shape)), np.float32) if tokens is None else tokens
-  init = functools.partial(call.init, model)
-  shapes = jax.eval_shape(init, jax.random.key(0), image)
-  variables = jax.jit(lambda *given: {**init(*given), "params": {}})(jax.random.key(0), image)
-
-  def draw(leaf):
-    spread = 1 / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
-    values = (
-      rng.normal(0, spread, leaf.shape) if len(leaf.shape) > 1 else 1 + rng.random(leaf.shape)
-    )
-    return values.astype(leaf.dtype)
-
-  variables = {**variables, "params": jax.tree.map(draw, shapes["params"])}
+  variables = classifier.random_variables(model, image)
   stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], variables)
-  survey, outputs = capture.check_and_run(model, stacked, image[None], plans=plans, strict=strict)
-  if _are_probabilities(outputs):
-    raise ValueError(
-      f"{type(model).__name__} gives probabilities, which add up to 1; it must give logits: leave "
-      "out the softmax at its end."
-    )
+  survey = capture.check(model, stacked, image[None], plans=plans, strict=strict)
   model_units.chain(model, variables, image, units=units)
   return survey
-
-
-def _are_probabilities(outputs) -> bool:
-  """Whether a model's outputs [n, C] are what a softmax gives."""
-  if outputs is None or not jnp.issubdtype(outputs.dtype, jnp.floating):
-    return False
-  if not outputs.ndim or outputs.shape[-1] < 2 or outputs.min() < 0:
-    return False
-  rounding = float(jnp.finfo(outputs.dtype).eps)
-  tolerance = 4 * rounding if rounding > 1e-4 else 100 * rounding
-  return bool((np.abs(outputs.astype(float).sum(axis=-1) - 1) < tolerance).all())
 
 
 def _on_host(*leaves):

@@ -60,11 +60,6 @@ def calls(
   Raises:
     ValueError: a layer that does not run, or inside of something that hides it.
   """
-  return _run_and_capture(model, variables, images, layers, unit)[1]
-
-
-def _run_and_capture(model, variables, images, layers, unit=units.WHOLE_MODEL):
-  """Outputs of a model or unit, and `calls` of the same pass."""
   wanted = {layer.path for layer in layers}
 
   def sow(module, path, inputs, outputs, options):
@@ -73,7 +68,7 @@ def _run_and_capture(model, variables, images, layers, unit=units.WHOLE_MODEL):
       module.sow(COLLECTION, "call", (inputs, outputs))
 
   options = {"interceptor": units.observer(sow), "mutable": [COLLECTION]}
-  outputs, sown = units.run(model, variables, images, unit, **options)
+  _, sown = units.run(model, variables, images, unit, **options)
   found, hidden = {}, []
   for layer in layers:
     node = sown.get(COLLECTION, {})
@@ -90,7 +85,7 @@ def _run_and_capture(model, variables, images, layers, unit=units.WHOLE_MODEL):
       f"{others}; inside a transform such as WeightNorm or RNN it cannot be quantized. "
       f"{_to_keep(hidden)}"
     )
-  return outputs, found
+  return found
 
 
 def _to_keep(layers: Sequence[Layer]) -> str:
@@ -285,18 +280,6 @@ def check(
       take; values that are not finite; a plan that does not fit; a layer whose output is not its
       kernel's.
   """
-  return check_and_run(model, variables, images, plans=plans, strict=strict)[0]
-
-
-def check_and_run(
-  model: nn.Module,
-  variables: Variables,
-  images: Shaped[ArrayLike, "M n ..."],
-  *,
-  plans: Sequence[Plan] | None,
-  strict: bool,
-) -> tuple[Survey, Any]:
-  """`check`, and the array that the first model gave for its image, if it was run and gave one."""
   _check_images(variables, images)
   one, example = one_of(variables, images)
   survey = units.survey(model, one, example)
@@ -316,10 +299,9 @@ def check_and_run(
     for layer in survey.layers
     if plans is None or any(chosen[layer.path] is not None for chosen in plans)
   ]
-  if not quantized:
-    return survey, None
-  image = np.asarray(images[0, :1])
-  return survey, _check_applied(model, trees.take(variables, 0), image, quantized)
+  if quantized:
+    _check_applied(model, trees.take(variables, 0), np.asarray(images[0, :1]), quantized)
+  return survey
 
 
 def one_of(variables, images) -> tuple[Variables, jax.ShapeDtypeStruct]:
@@ -358,7 +340,7 @@ def _report_kept(kept, strict) -> None:
     return
   if strict:
     raise ValueError(f"with strict=True all weights must be quantized, but not {_listed(kept)}.")
-  warnings.warn(in_full_precision(kept), stacklevel=5)
+  warnings.warn(in_full_precision(kept), stacklevel=4)
 
 
 def in_full_precision(kept: Sequence[Kept]) -> str:
@@ -370,14 +352,14 @@ def _listed(kept):
   return "; ".join(f"{k.path!r} {list(k.shape)}, {k.reason}" for k in kept)
 
 
-def _check_applied(model, variables, image, layers) -> Any:
-  """What the model gives; ValueError for a layer that gives not its kernel times its inputs."""
+def _check_applied(model, variables, image, layers) -> None:
+  """Raises ValueError for a layer that gives not its kernel times its inputs."""
   if jnp.issubdtype(image.dtype, jnp.floating):  # a black image would show nothing
     rng = np.random.default_rng(0)
     spread = 0.1 * (np.std(np.asarray(image, np.float32)) or 1.0)
     image = image + rng.normal(0, spread, image.shape).astype(image.dtype)
   with jax.default_matmul_precision("highest"):
-    found, outputs = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
+    found = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
   wrong = [layer for layer in layers if not found[layer.path][0] <= found[layer.path][1]]
   if wrong:
     first, *more = wrong
@@ -387,16 +369,12 @@ def _check_applied(model, variables, image, layers) -> Any:
       f"are off by {found[first.path][0]:.1e} of the size of the products. A kernel that is changed"
       f" before it is applied cannot be quantized. {_to_keep(wrong)}"
     )
-  return outputs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mismatches(model, layers, variables, image):
-  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed.
-
-  Also the outputs of the model, if they are an array.
-  """
-  outputs, captured = _run_and_capture(model.module, variables, image, layers)
+  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed."""
+  captured = calls(model.module, variables, image, layers)
   found = {}
   for layer in layers:
     kernel = trees.get(variables, layer.kernel)
@@ -416,7 +394,7 @@ def _mismatches(model, layers, variables, image):
     coarsest = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     tolerance = 4 * coarsest if coarsest > 1e-4 else 100 * coarsest
     found[layer.path] = jnp.sqrt(errors / jnp.maximum(sizes, 1e-30)), tolerance
-  return found, outputs if isinstance(outputs, jax.Array) else None
+  return found
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1, 2))

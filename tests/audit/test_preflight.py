@@ -245,9 +245,30 @@ class Whole(nn.Module):
     return nn.Dense(2)(x.reshape(len(x), -1)).astype(int)
 
 
+class Moody(nn.Module):
+  """Does something to its inputs, and may end in another way while it trains."""
+
+  norm: object = None
+  end: object = None
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = x.reshape(len(x), -1)
+    x = nn.Dense(2)(self.norm(x) if self.norm else x)
+    return self.end(x) if train and self.end else x
+
+
+def unsteady(x):
+  return nn.BatchNorm(use_running_average=False)(x)
+
+
 @pytest.mark.parametrize(
   ("model", "sentence"),
   [
+    (Moody(unsteady), "Moody changes its statistics in evaluation mode, too; give its BatchNorm"),
+    (Moody(nn.sigmoid, lambda x: x[0]), "Moody gives (2,) for 2 images of 2 classes in training;"),
+    (Moody(None, lambda x: x.reshape(-1, 3)), "of shape (8, 8, 1) in training: TypeError: cannot"),
+    (nn.Sequential([Moody(), nn.softmax]), "Sequential gives probabilities, which add up to 1;"),
     (Whole(), "Whole gives int32; logits must be floating-point numbers."),
     (lambda n: Valid(n), "cannot be made with num_classes=2: TypeError: "),
     (lambda num_classes: num_classes / 0, "cannot be made with num_classes=2: ZeroDivisionError: "),
@@ -258,6 +279,18 @@ def test_a_model_that_is_none_is_one_sentence(tmp_path, model, sentence):
   with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
     audit.run(config, workdir=tmp_path, data=FOUR, model=model)
   assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_is_odd_in_a_model_is_said_and_stands_in_the_results(tmp_path, monkeypatch):
+  config = tiny_config(data__pool_size=None, data__test_size=None, quantize__methods=())
+  model, said = nn.Sequential([Moody(), nn.relu]), []
+  given = {"given_data": load.from_arrays(*FOUR), "given_model": model}
+  found = preflight.open_audit(
+    config, tmp_path, listener=lambda event: said.append(event.sentence), **given
+  )
+  [note] = found.notes_on_model
+  assert "are never negative" in note
+  assert note in said
 
 
 def test_a_gpu_that_is_not_used_is_named_unless_it_is_meant(tmp_path, monkeypatch):

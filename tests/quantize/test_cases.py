@@ -1,7 +1,5 @@
 """Models of others: what once went wrong without a word, each as small as it gets."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -515,19 +513,3 @@ def test_what_would_be_refused_is_refused_before_training():
     check_model(Normalised(), image_shape=(8, 8, 3))
   with pytest.raises(ValueError, match="strict=True"):
     check_model(attentive()[0], image_shape=(8, 8, 3), strict=True)
-
-
-def test_a_softmax_at_the_end_is_refused_before_training():
-  """Trained on the cross-entropy of probabilities, a network learns little and its scores lie."""
-
-  class Model(nn.Module):
-    end: Callable
-
-    @nn.compact
-    def __call__(self, images):
-      return self.end(nn.Dense(3)(images.reshape(len(images), -1)))
-
-  with pytest.raises(ValueError, match=r"Model gives probabilities.*leave out the softmax"):
-    check_model(Model(nn.softmax), image_shape=(4, 4, 1))
-  for end in (nn.log_softmax, nn.relu):  # logits, too
-    assert check_model(Model(end), image_shape=(4, 4, 1)).layers
