@@ -5,6 +5,7 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 """
 
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from ptq_jax import settings, storage
 from ptq_jax.attack import guards, protocol
 from ptq_jax.audit import measuring, reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
-from ptq_jax.data import augment
+from ptq_jax.data import augment, batches
 from ptq_jax.models import call, conv, parallel, tables
 from ptq_jax.quantize import METHODS, capture, check_model, grid, plan
 from ptq_jax.train import shadows
@@ -40,6 +41,24 @@ CHOICES = {
 
 AUGMENTATIONS = ("train.augmentation", "queries.augmentation", "quantize.calibration_augmentation")
 """Settings that name augmentations."""
+
+WORDS = (
+  *AUGMENTATIONS, "data.columns", "quantize.methods", "quantize.overrides", "quantize.brecq.units",
+  "attack.attacks",
+)  # fmt: skip
+"""Settings that are lists of words."""
+
+ONCE = (
+  "quantize.methods", "quantize.levels", "quantize.last_layer_levels",
+  "quantize.sweep_last_layer_at", "attack.attacks", "attack.fprs",
+)  # fmt: skip
+"""Lists in which nothing may stand twice."""
+
+MOST_RATE, MOST_RESAMPLES, MOST_NORM = 1000, 1_000_000, 20
+"""Largest learning rate, number of resamples and power of an error that somebody may mean."""
+
+MOST_UPDATES = 2**31 - 1
+"""Of a model: they are counted in int32."""
 
 GPU = pathlib.Path("/dev/nvidia0")
 """What Linux shows of the first NVIDIA GPU."""
@@ -224,6 +243,7 @@ def check(audit: Audit) -> None:
   for key, value in settings.dotted(settings.plain(config)).items():
     if value is None and defaults.get(key) is not None:
       raise ValueError(f"{key} is None; it needs a value, such as {defaults[key]!r}.")
+  _check_types(config)
   for key, fits, demand in _ranges(config):
     value = settings.get(config, key)
     if not fits(value):
@@ -242,6 +262,7 @@ def check(audit: Audit) -> None:
   if sentence := guards.copies_in_test(audit.copies.cross_pairs, len(audit.dataset.test_labels)):
     audit.say(sentence)
   assert audit.recipe  # made here, so that a bad model or optimizer is known now
+  _check_amount(audit)
   _check_model(audit)
   plans = audit.plans(audit.variants())
   if plans:
@@ -267,8 +288,48 @@ def check(audit: Audit) -> None:
     )
 
 
+def _check_types(config):
+  """Numbers are no truth values, words are words, and nothing stands twice in a list."""
+  defaults = settings.audit_defaults()
+  for key in settings.dotted(settings.plain(defaults)):
+    *parents, name = key.split(".")
+    kind = functools.reduce(settings.get, parents, defaults).get_type(name)
+    if kind in (int, float) and isinstance(value := settings.get(config, key), bool):
+      raise ValueError(f"{key} is {value}; it must be a number.")
+  for key in WORDS:
+    for word in settings.get(config, key) or ():
+      if not isinstance(word, str):
+        raise ValueError(f"{key} has {word!r}; it must be a list of words.")
+  for key in ONCE:
+    values = list(settings.get(config, key))
+    for value in values:
+      if values.count(value) > 1:
+        raise ValueError(f"{key} has {value!r} twice; name it once.")
+
+
+def _check_amount(audit):
+  """No more updates than can be counted, and no more scores than memory holds."""
+  train, views, pool = audit.config.train, audit.config.queries.views, len(audit.dataset.train_ids)
+  updates = train.epochs * batches.steps_per_epoch(pool // 2, batch_size=train.batch_size)
+  if updates > MOST_UPDATES:
+    raise ValueError(
+      f"train.epochs is {train.epochs}, which is {updates} updates of a model; {MOST_UPDATES} are "
+      "the most."
+    )
+  models = train.models + train.targets
+  needed, there = 4 * models * pool * views, parallel.host_memory_bytes()
+  if needed > there:
+    raise ValueError(
+      f"the scores of {models} models (train.models and train.targets) on {pool} examples in "
+      f"queries.views={views} views take {needed / 1e9:.0f} GB, and this machine has "
+      f"{there / 1e9:.0f} GB; take fewer."
+    )
+
+
 def _number(value):
-  return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+  """Whether it is a finite number."""
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def _at_least(least):
@@ -283,12 +344,16 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   """Keys whose values must lie in a range, with the test and the range in words."""
 
   def division(*words):
-    return lambda value: value in words or (isinstance(value, int) and value >= 1)
+    return lambda value: (
+      value in words or (isinstance(value, int) and _number(value) and value >= 1)
+    )
 
   seeds = range(2**32)  # JAX would take others for one of these
   yield "seed", lambda v: isinstance(v, int) and v in seeds, "from 0 to 2**32 - 1"
   yield "train.models", *_at_least(2)
   yield "train.targets", *_at_least(0)
+  for key in ("train.learning_rate", "train.muon.learning_rate"):
+    yield key, *_between(lambda v: 0 < v <= MOST_RATE, f"above 0 and at most {MOST_RATE}")
   yield "train.label_smoothing", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
   yield "train.checkpoint_minutes", *_between(lambda v: v > 0, "above 0")
   demand = "a number of models, or auto for as many as fit"
@@ -309,7 +374,7 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   yield "quantize.calibration_size", *_at_least(1)
   whom = ("members", "non_members")
   yield "quantize.calibrate_on", lambda v: v in whom, "'members' or 'non_members'"
-  yield "attack.resamples", *_at_least(2)
+  yield "attack.resamples", *_between(lambda v: 2 <= v <= MOST_RESAMPLES, f"2 to {MOST_RESAMPLES}")
   yield "attack.confidence", *_between(lambda v: 0 < v < 1, "in (0, 1)")
   yield "attack.delta", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
   yield "attack.worst_classes", *_at_least(0)
@@ -383,7 +448,9 @@ def _option_range(option, words):
     return sizes, "at least 1, None, or several 'pattern=size'"
   if option in ("memory_bytes", "block_size"):
     return lambda value: value is None or (_number(value) and value >= 1), "at least 1, or None"
-  if option in ("learning_rate", "norm", "beta_start", "beta_end"):
+  if option == "norm":
+    return _between(lambda value: 0 < value <= MOST_NORM, f"above 0 and at most {MOST_NORM}")
+  if option in ("learning_rate", "beta_start", "beta_end"):
     return _between(lambda value: value > 0, "above 0")
   if option == "warmup":
     return _between(lambda value: 0 <= value < 1, "in [0, 1)")

@@ -30,6 +30,9 @@ from ptq_jax.data.splits import Splits
 DIGITS_TEST_SIZE = 299
 DIGITS_SPLIT_SEED = 1797
 
+LARGEST_IMAGE = 4096
+"""Pixels of a side to which images are scaled."""
+
 PATH_NAMES = {
   "npz": "the .npz file with x_train, y_train, x_test and y_test",
   "tiny_imagenet": "tiny-imagenet-200.zip or the folder in it",
@@ -198,8 +201,11 @@ def _require_used(
   name: str, where: dict[str, Any], used: tuple[str, ...], image_size: int | None
 ) -> None:
   """Raises ValueError for the first setting that a source would pass over, or a size of nothing."""
-  if image_size is not None and image_size < 1:
-    raise ValueError(f"data.image_size is {image_size}; it must be at least 1 pixel, or None.")
+  if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE:
+    raise ValueError(
+      f"data.image_size is {image_size}; it must be at least 1 pixel and at most {LARGEST_IMAGE}, "
+      "or None."
+    )
   for key, value in where.items():
     if value is not None and key not in used:
       value = ",".join(value) if key == "columns" else value

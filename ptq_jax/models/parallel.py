@@ -64,7 +64,12 @@ def device_memory_bytes() -> int:
   stats = jax.local_devices()[0].memory_stats()
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"]
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+  return host_memory_bytes() // 2
+
+
+def host_memory_bytes() -> int:
+  """Memory of this machine."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:

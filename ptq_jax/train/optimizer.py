@@ -137,6 +137,11 @@ def _check_range(where, learning_rate, weight_decay, momentum):
       raise ValueError(f"{where}.{name} is {value}; it must be a number of at least 0.")
   if not 0 <= momentum < 1:
     raise ValueError(f"{where}.momentum is {momentum}; it must be in [0, 1).")
+  if learning_rate * weight_decay >= 1:
+    raise ValueError(
+      f"{where}.weight_decay is {weight_decay}; times {where}.learning_rate, {learning_rate}, it "
+      "must be below 1, or an update takes away all of a weight."
+    )
 
 
 OPTIMIZERS = {"sgd": sgd, "muon": muon}
