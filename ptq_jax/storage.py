@@ -225,7 +225,7 @@ def require_writable(directory: Path | str, *, flag: str = "--workdir") -> Path:
   """Makes the directory if need be.
 
   Args:
-    directory: where something is to be written.
+    directory: where something is to be written; ~ is the home.
     flag: what errors call it.
   Raises:
     ValueError: for no name at all, or a URL.
@@ -240,12 +240,12 @@ def require_writable(directory: Path | str, *, flag: str = "--workdir") -> Path:
     raise ValueError(
       f"{flag} {directory} is a URL; give a folder, such as one where that bucket is mounted."
     )
-  directory = Path(directory)
   try:
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
       pass
-  except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+  except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a byte of zero
     reason = getattr(error, "strerror", None) or error
     kind = PermissionError if isinstance(error, PermissionError) else NotADirectoryError
     raise kind(f"{flag} {directory} cannot be written ({reason}); choose another.") from error

@@ -32,6 +32,19 @@ def silent(event: Event) -> None:
   """A listener that does nothing."""
 
 
+def listener(given: Listener | None) -> Listener:
+  """What was given, or `silent` for None.
+
+  Raises:
+    ValueError: for anything that cannot be called.
+  """
+  if given is None:
+    return silent
+  if not callable(given):
+    raise ValueError(f"progress is {given!r}; give a function of an audit.Event, or None.")
+  return given
+
+
 class Stage:
   """Counts the work of a stage and tells the listener; a context manager."""
 

@@ -82,7 +82,9 @@ def load_quantized(
       scores in full precision, or that does not fit the model.
     storage.CorruptFileError: if its codes are damaged.
   """
-  root = pathlib.Path(workdir)
+  root = pathlib.Path(workdir).expanduser()
+  if not (root / "config.json").is_file():
+    raise FileNotFoundError(f"{root} holds no audit: it has no config.json.")
   stored = storage.read_json(root / "config.json")
   if "images" not in stored:
     raise ValueError(f"{root} is of an older version; run its audit again, which makes it whole.")

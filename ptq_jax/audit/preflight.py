@@ -5,7 +5,6 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 """
 
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,22 +21,11 @@ from ptq_jax.audit import measuring, reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment, batches
 from ptq_jax.models import call, conv, parallel, tables
-from ptq_jax.quantize import METHODS, capture, check_model, grid, plan
+from ptq_jax.quantize import METHODS, capture, check_model, grid, options, plan
 from ptq_jax.train import shadows
 
 MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
 """Fewest shadows with which every example has two on each side: all there, or a pair left out."""
-
-CHOICES = {
-  ("grid_options", "search"): ("mse", "minmax"),
-  ("adaround", "form"): ("auto", "mini_batch", "second_moment"),
-  ("adaround", "stop"): ("plateau", "never"),
-  ("brecq", "form"): ("auto", "mini_batch"),
-  ("brecq", "stop"): ("plateau", "never"),
-  ("brecq", "loss"): ("mse", "fisher"),
-  ("obc", "batchnorm"): ("members", "all", "none"),
-}
-"""Values of options that are words."""
 
 AUGMENTATIONS = ("train.augmentation", "queries.augmentation", "quantize.calibration_augmentation")
 """Settings that name augmentations."""
@@ -54,8 +42,8 @@ ONCE = (
 )  # fmt: skip
 """Lists in which nothing may stand twice."""
 
-MOST_RATE, MOST_RESAMPLES, MOST_NORM = 1000, 1_000_000, 20
-"""Largest learning rate, number of resamples and power of an error that somebody may mean."""
+MOST_RATE, MOST_RESAMPLES = 1000, 1_000_000
+"""Largest learning rate, and number of resamples, that somebody may mean."""
 
 MOST_UPDATES = 2**31 - 1
 """Of a model: they are counted in int32."""
@@ -239,23 +227,12 @@ def _sizes(audit, per_chunk, num_models, share, begun):
 def check(audit: Audit) -> None:
   """Raises ValueError for the first setting that makes no sense."""
   config = audit.config
-  defaults = settings.dotted(settings.plain(settings.audit_defaults()))
-  for key, value in settings.dotted(settings.plain(config)).items():
-    if value is None and defaults.get(key) is not None:
-      raise ValueError(f"{key} is None; it needs a value, such as {defaults[key]!r}.")
-  _check_types(config)
-  for key, fits, demand in _ranges(config):
-    value = settings.get(config, key)
-    if not fits(value):
-      raise ValueError(f"{key} is {value!r}; it must be {demand}.")
+  check_values(config)
   if audit.given_data is None and not str(config.data.name).strip():
     raise ValueError("data.name is empty; use digits, npz, image_folder or a set's name.")
   reporting.check(config.report)
   _check_models(config)
   _check_quantize(audit)
-  for name in config.attack.attacks:
-    if name not in protocol.ATTACKS:
-      raise ValueError(f"attack {name!r} is unknown; there are {', '.join(protocol.ATTACKS)}.")
   _check_data(audit)
   for note in audit.dataset.notes:
     audit.say(note)
@@ -286,6 +263,27 @@ def check(audit: Audit) -> None:
       f"quantize.calibration_size is {config.quantize.calibration_size}, but a model has {members} "
       f"members; all of them calibrate it."
     )
+
+
+def check_values(config: settings.Config, *, sections: Sequence[str] = ("",)) -> None:
+  """Raises ValueError for the first setting whose value makes no sense, whatever the others are.
+
+  Args:
+    config: of an audit.
+    sections: what its keys begin with; all of them, if not given.
+  """
+  defaults = settings.dotted(settings.plain(settings.audit_defaults()))
+  for key, value in settings.dotted(settings.plain(config)).items():
+    if value is None and defaults.get(key) is not None and key.startswith(tuple(sections)):
+      raise ValueError(f"{key} is None; it needs a value, such as {defaults[key]!r}.")
+  _check_types(config)
+  for key, fits, demand in _ranges(config):
+    value = settings.get(config, key)
+    if key.startswith(tuple(sections)) and not fits(value):
+      raise ValueError(f"{key} is {value!r}; it must be {demand}.")
+  for name in config.attack.attacks:
+    if name not in protocol.ATTACKS:
+      raise ValueError(f"attack {name!r} is unknown; there are {', '.join(protocol.ATTACKS)}.")
 
 
 def _check_types(config):
@@ -326,44 +324,30 @@ def _check_amount(audit):
     )
 
 
-def _number(value):
-  """Whether it is a finite number."""
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  return whole or (isinstance(value, float) and math.isfinite(value))
-
-
-def _at_least(least):
-  return lambda value: _number(value) and value >= least, f"at least {least}"
-
-
-def _between(test, words):
-  return lambda value: _number(value) and test(value), words
-
-
 def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   """Keys whose values must lie in a range, with the test and the range in words."""
 
   def division(*words):
     return lambda value: (
-      value in words or (isinstance(value, int) and _number(value) and value >= 1)
+      value in words or (isinstance(value, int) and options.is_number(value) and value >= 1)
     )
 
   seeds = range(2**32)  # JAX would take others for one of these
   yield "seed", lambda v: isinstance(v, int) and v in seeds, "from 0 to 2**32 - 1"
-  yield "train.models", *_at_least(2)
-  yield "train.targets", *_at_least(0)
+  yield "train.models", *options.at_least(2)
+  yield "train.targets", *options.at_least(0)
   for key in ("train.learning_rate", "train.muon.learning_rate"):
-    yield key, *_between(lambda v: 0 < v <= MOST_RATE, f"above 0 and at most {MOST_RATE}")
-  yield "train.label_smoothing", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
-  yield "train.checkpoint_minutes", *_between(lambda v: v > 0, "above 0")
+    yield key, *options.between(lambda v: 0 < v <= MOST_RATE, f"above 0 and at most {MOST_RATE}")
+  yield "train.label_smoothing", *options.between(lambda v: 0 <= v < 1, "in [0, 1)")
+  yield "train.checkpoint_minutes", *options.between(lambda v: v > 0, "above 0")
   demand = "a number of models, or auto for as many as fit"
   yield "train.models_per_chunk", division("auto"), demand
   demand = "a number of models, auto or measure"
   yield "train.models_together", division("auto", "measure"), demand
   lowerings = ("auto", "measure", *conv.LOWERINGS)
   yield "train.lowering", lambda v: v in lowerings, f"one of {', '.join(lowerings)}"
-  yield "queries.views", *_at_least(1)
-  yield "queries.batch_size", *_at_least(1)
+  yield "queries.views", *options.at_least(1)
+  yield "queries.batch_size", *options.at_least(1)
 
   def counts(values):
     return all(isinstance(v, int) and grid.MIN_LEVELS <= v <= grid.MAX_LEVELS for v in values)
@@ -371,17 +355,20 @@ def _ranges(config) -> Iterator[tuple[str, Callable[[Any], bool], str]]:
   for key in ("levels", "sweep_last_layer_at"):
     words = f"whole numbers from {grid.MIN_LEVELS} to {grid.MAX_LEVELS}"
     yield f"quantize.{key}", counts, words
-  yield "quantize.calibration_size", *_at_least(1)
+  yield "quantize.calibration_size", *options.at_least(1)
   whom = ("members", "non_members")
   yield "quantize.calibrate_on", lambda v: v in whom, "'members' or 'non_members'"
-  yield "attack.resamples", *_between(lambda v: 2 <= v <= MOST_RESAMPLES, f"2 to {MOST_RESAMPLES}")
-  yield "attack.confidence", *_between(lambda v: 0 < v < 1, "in (0, 1)")
-  yield "attack.delta", *_between(lambda v: 0 <= v < 1, "in [0, 1)")
-  yield "attack.worst_classes", *_at_least(0)
-  yield "attack.exposed_share", *_between(lambda v: 0 < v <= 1, "in (0, 1]")
+  yield (
+    "attack.resamples",
+    *options.between(lambda v: 2 <= v <= MOST_RESAMPLES, f"2 to {MOST_RESAMPLES}"),
+  )
+  yield "attack.confidence", *options.between(lambda v: 0 < v < 1, "in (0, 1)")
+  yield "attack.delta", *options.between(lambda v: 0 <= v < 1, "in [0, 1)")
+  yield "attack.worst_classes", *options.at_least(0)
+  yield "attack.exposed_share", *options.between(lambda v: 0 < v <= 1, "in (0, 1]")
 
   def rates(values):
-    return len(values) > 0 and all(_number(v) and 0 < v <= 1 for v in values)
+    return len(values) > 0 and all(options.is_number(v) and 0 < v <= 1 for v in values)
 
   yield "attack.fprs", rates, "false-positive rates in (0, 1], at least one"
   yield "attack.attacks", lambda v: len(v) > 0, "at least one attack"
@@ -426,45 +413,7 @@ def _check_quantize(audit):
     for levels in (variant.levels, variant.last_layer_levels or 2):
       grid.check_levels(levels)
   for method in filter(settings.SETTINGS["quantize"].get, METHODS):  # a registered one has none
-    for key, value in settings.dotted(settings.plain(quantize[method])).items():
-      option = key.rpartition(".")[2]
-      words = CHOICES.get((method, key)) or CHOICES.get(("grid_options", option))
-      fits, demand = _option_range(option, words)
-      if not fits(value):
-        raise ValueError(f"quantize.{method}.{key} is {value!r}; it must be {demand}.")
-
-
-def _option_range(option, words):
-  """What a value of a method's option must fulfil, and that in words."""
-  if words:
-    return lambda value: value in words, f"one of {', '.join(words)}"
-  if option in ("symmetric", "include_zero", "strict"):
-    return lambda value: isinstance(value, bool), "True or False"
-  if option == "group_size":  # patterns are looked at with the model
-
-    def sizes(value):
-      return value is None or isinstance(value, list) or (isinstance(value, int) and value >= 1)
-
-    return sizes, "at least 1, None, or several 'pattern=size'"
-  if option in ("memory_bytes", "block_size"):
-    return lambda value: value is None or (_number(value) and value >= 1), "at least 1, or None"
-  if option == "norm":
-    return _between(lambda value: 0 < value <= MOST_NORM, f"above 0 and at most {MOST_NORM}")
-  if option in ("learning_rate", "beta_start", "beta_end"):
-    return _between(lambda value: value > 0, "above 0")
-  if option == "warmup":
-    return _between(lambda value: 0 <= value < 1, "in [0, 1)")
-  if option == "decay_rates":
-
-    def rates(pair):
-      return len(pair) == 2 and all(_number(rate) and 0 <= rate < 1 for rate in pair)
-
-    return rates, "two numbers in [0, 1)"
-  if option in ("weight", "damping", "sweeps"):
-    return _at_least(0)
-  if option in ("num_steps", "batch_size"):
-    return _at_least(1)
-  return lambda value: True, ""  # units and calibration_size, which are looked at elsewhere
+    options.check(method, settings.plain(quantize[method]), prefix=f"quantize.{method}.")
 
 
 def _check_data(audit):

@@ -86,6 +86,8 @@ def compare(
     ValueError: for results that are damaged, of another version, or not comparable, for two folders
       of one name, and for an `out` that holds an audit; one sentence.
   """
+  if isinstance(folders, str | pathlib.Path) or not isinstance(folders, Sequence):
+    raise ValueError(f"folders is {folders!r}; give a list of at least two folders of audits.")
   studies: dict[str, list[dict]] = {}
   places: dict[str, pathlib.Path] = {}
   for folder in map(pathlib.Path, folders):

@@ -113,7 +113,7 @@ def compare(
   folders: Sequence[pathlib.Path | str],
   *,
   out: pathlib.Path | str,
-  progress: events.Listener = events.silent,
+  progress: events.Listener | None = None,
 ) -> Comparison:
   """Puts the results of several audits side by side, without their models or scores.
 
@@ -124,7 +124,7 @@ def compare(
   Raises:
     ValueError, OSError: one sentence, as `reporting.compare`.
   """
-  studies = reporting.compare(folders, out=out, listener=progress)
+  studies = reporting.compare(folders, out=out, listener=events.listener(progress))
   return Comparison(studies, pathlib.Path(out))
 
 
@@ -141,12 +141,12 @@ def _numbers(record):
 
 
 def run(
-  config: settings.Config | str | None = None,
+  config: settings.Config | pathlib.Path | str | None = None,
   *,
   workdir: pathlib.Path | str,
   data: Any = None,
   model: Any = None,
-  progress: events.Listener = events.silent,
+  progress: events.Listener | None = None,
   **chosen: Any,
 ) -> Result:
   """Trains, quantizes, attacks and reports; goes on where an earlier call in the workdir was.
@@ -171,11 +171,11 @@ def run(
     if name.startswith("model."):
       raise ValueError(f"{name} is given beside model=, which has its options; leave it out.")
   config = _config(config, chosen)
-  more: dict[str, Any] = {"listener": progress}
+  more: dict[str, Any] = {"listener": events.listener(progress)}
   if isinstance(data, str):
     config.data.name = data
   elif isinstance(data, Mapping) and data.keys() <= {*config.data}:
-    config.data.update(data)
+    config = _config(config, {f"data.{name}": value for name, value in data.items()})
   elif data is not None:
     if not isinstance(data, tuple | list) or len(data) != 4:
       parts = f" of {', '.join(map(str, data))}" if isinstance(data, Mapping) else ""
@@ -200,8 +200,8 @@ def run_scores(
   targets: Mapping[str, Any] | str | None = None,
   *,
   workdir: pathlib.Path | str,
-  config: settings.Config | str | None = None,
-  progress: events.Listener = events.silent,
+  config: settings.Config | pathlib.Path | str | None = None,
+  progress: events.Listener | None = None,
   **chosen: Any,
 ) -> Result:
   """Attacks scores that any framework made, and reports.
@@ -221,10 +221,11 @@ def run_scores(
   """
   for name in (SHORT.get(name, name) for name in chosen):
     require_scores_use(name)
-  config, root = _config(config, chosen), storage.require_writable(workdir)
+  config, listener = _config(config, chosen), events.listener(progress)
+  root = storage.require_writable(workdir)
   with work.pinned_randomness():
     saved_scores.attack(config, root, shadows, targets)
-    found = reporting.report(root, options=config.report, listener=progress)
+    found = reporting.report(root, options=config.report, listener=listener)
   return Result(found, root)
 
 
@@ -239,7 +240,7 @@ def require_scores_use(key: str) -> None:
 
 def _config(config, chosen) -> settings.Config:
   """A config of one's own, with settings chosen by name."""
-  config = settings.load(config) if isinstance(config, str) else config
+  config = settings.load(str(config)) if isinstance(config, str | pathlib.Path) else config
   if not isinstance(config, settings.Config | None):
     raise ValueError(
       f"config is a {type(config).__name__}; give a config of settings.load or "

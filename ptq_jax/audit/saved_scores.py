@@ -7,13 +7,14 @@ import hashlib
 import pathlib
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from ptq_jax import settings, storage
 from ptq_jax.attack import guards, protocol
-from ptq_jax.audit import attacking
+from ptq_jax.audit import attacking, preflight
 from ptq_jax.audit.layout import Manifest
 from ptq_jax.base import as_members, as_scores
 from ptq_jax.metrics import intervals, leakage
@@ -24,8 +25,8 @@ from ptq_jax.report.records import Variant
 def attack(
   config,
   workdir: pathlib.Path,
-  shadows: str | Mapping[str, np.ndarray],
-  targets: str | Mapping[str, np.ndarray] | None = None,
+  shadows: pathlib.Path | str | Mapping[str, Any],
+  targets: pathlib.Path | str | Mapping[str, Any] | None = None,
   *,
   command: str = "",
 ) -> None:
@@ -41,15 +42,16 @@ def attack(
     targets: the same of T targets on the same examples; None: every shadow is target once.
     command: how this was called, for the record.
   Raises:
-    ValueError: also if the workdir holds an audit, or results of other scores.
-    ValueError: arrays that are missing or do not fit.
+    ValueError: settings that make no sense; arrays that are missing or do not fit; a workdir that
+      holds an audit, or results of other scores.
     FileNotFoundError: no such file.
   """
   if (workdir / "config.json").exists():
     raise ValueError(f"{workdir} holds an audit; results of saved scores need another --workdir.")
+  preflight.check_values(config, sections=("attack", "seed"))
   own = read(shadows)
   attacked = own if targets is None else read(targets)
-  names = ["arrays" if isinstance(one, Mapping) else one for one in (shadows, targets) if one]
+  names = ["arrays" if isinstance(one, Mapping) else str(one) for one in (shadows, targets) if one]
   path = workdir / "results.jsonl"
   fingerprint = _fingerprint(own, attacked)
   _require_same_scores(path, fingerprint)
@@ -139,7 +141,7 @@ def _require_same_scores(path: pathlib.Path, fingerprint: str) -> None:
     )
 
 
-def read(source: str | Mapping[str, np.ndarray]) -> dict:
+def read(source: pathlib.Path | str | Mapping[str, Any]) -> dict:
   """`scores` [N, E, V], `members` and what else an .npz file says about itself, checked.
 
   Further arrays are optional: `labels` int[E]; `accuracy` float[N] on test data, `member_accuracy`
@@ -153,7 +155,11 @@ def read(source: str | Mapping[str, np.ndarray]) -> dict:
   """
   given = isinstance(source, Mapping)
   path = "the arrays" if given else source
-  arrays = {k: np.asarray(v) for k, v in source.items()} if given else _load(source)
+  if not isinstance(source, Mapping | str | pathlib.Path):
+    raise ValueError(
+      f"the scores are a {type(source).__name__}; give a dict of arrays, or the name of a file."
+    )
+  arrays = {k: _as_array(k, v) for k, v in source.items()} if given else _load(str(source))
   for name in ("scores", "members"):
     if name not in arrays:
       raise ValueError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}.")
@@ -183,6 +189,15 @@ def read(source: str | Mapping[str, np.ndarray]) -> dict:
       if rates.shape != (len(scores),) or not ((rates >= 0) & (rates <= 1)).all():
         raise ValueError(f"{path}: {name} must be one number in [0, 1] for each of the models.")
   return found
+
+
+def _as_array(name: str, given: Any) -> np.ndarray:
+  """An array, or a sentence about rows of several lengths and what else is none."""
+  try:
+    return np.asarray(given)
+  except Exception as error:  # of whatever framework it comes from
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{name!r} is a {type(given).__name__} that is no array: {reason}") from error
 
 
 def _load(path: str) -> dict[str, np.ndarray]:

@@ -29,6 +29,7 @@ from ptq_jax.models.call import Hashable
 from ptq_jax.models.from_nnx import Model
 from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, grid, plan
+from ptq_jax.quantize import options as option_values
 from ptq_jax.quantize.grid import Grid
 from ptq_jax.quantize.plan import Levels, Plan, Progress, Record, Records
 
@@ -230,6 +231,10 @@ def for_one_model(quantize_stacked: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
       ValueError: see `quantize_stacked`.
     """
+    _require_kinds(key, model, variables, images)
+    package, _, method = quantize_stacked.__module__.rpartition(".")
+    if package == __package__:  # options of another's method are its own matter
+      option_values.check(method, options)
     if isinstance(model, nnx.Module):
       state, model, variables = variables, from_nnx.adapt(model), from_nnx.variables_of(variables)
     else:
@@ -250,6 +255,19 @@ def for_one_model(quantize_stacked: Callable[..., Any]) -> Callable[..., Any]:
 
   quantize_params.__module__ = quantize_stacked.__module__
   return quantize_params
+
+
+def _require_kinds(key, model, variables, images) -> None:
+  """Raises ValueError for an argument of `quantize_params` that is something else."""
+  kinds = {
+    "key": (key, jax.Array, "one of jax.random.key"),
+    "model": (model, Model, "a flax.linen.Module or flax.nnx.Module that is made already"),
+    "variables": (variables, Mapping, "what model.init gives, or the state of an nnx model"),
+    "images": (images, jax.Array | np.ndarray, "an array of calibration images"),
+  }
+  for name, (given, kind, wanted) in kinds.items():
+    if not isinstance(given, kind):
+      raise ValueError(f"{name} is of the type {type(given).__name__}; give {wanted}.")
 
 
 def _even(remaining: int, size: int) -> int:

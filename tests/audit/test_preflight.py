@@ -9,7 +9,7 @@ import pytest
 from ptq_jax import audit, settings, storage
 from ptq_jax.audit import layout, preflight
 from ptq_jax.data import load
-from tests.audit.conftest import opened, tiny_config
+from tests.audit.conftest import opened, tiny_config, unchecked
 
 BAD = {
   "seed": (-1, 2**32, True),
@@ -334,12 +334,14 @@ def test_too_many_calibration_images_are_capped_aloud(tmp_path):
     ({"data": FOUR, "data.image_size": 0}, "data.image_size is 0; it must be at least 1"),
     ({"data": FOUR, "model": Valid(2), "model.width": 3}, "model.width is given beside model="),
     ({"model": Valid(10), "model.name": "mlp"}, "model.name is given beside model="),
+    ({"data": {"pool_size": "a"}}, "data.pool_size is 'a'; it must be of the type"),
+    ({"progress": 3}, "progress is 3; give a function of an audit.Event, or None."),
     ({"models": "8"}, "train.models is '8'; it must be of the type int."),
     ({"methods": "obc"}, "quantize.methods is 'obc'; it must be of the type tuple."),
   ],
 )
 def test_what_run_would_pass_over_is_refused(tmp_path, given, sentence):
-  with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+  with unchecked(), pytest.raises(ValueError, match=re.escape(sentence)) as caught:
     audit.run(settings.load("smoke"), workdir=tmp_path, **given)
   assert len(str(caught.value).splitlines()) == 1
   assert not list(tmp_path.rglob("*.npz"))
@@ -378,6 +380,36 @@ def test_settings_that_saved_scores_pass_over_are_refused(tmp_path, chosen, key)
   with pytest.raises(ValueError, match=f"^{key} has no use for saved scores"):
     audit.run_scores({"scores": 1, "members": 1}, workdir=tmp_path / "run", **chosen)
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("chosen", "sentence"),
+  [
+    ({"attack.resamples": 10**9}, "attack.resamples is 1000000000; it must be 2 to 1000000."),
+    ({"attack.confidence": 2.0}, "attack.confidence is 2.0; it must be in (0, 1)."),
+    ({"seed": -1}, "seed is -1; it must be from 0"),
+    ({"attack.attacks": ("lira",)}, "attack 'lira' is unknown; there are lira_online"),
+    ({"progress": 3}, "progress is 3; give a function"),
+    ({"shadows": 3}, "the scores are a int; give a dict of arrays, or the name of a file."),
+    ({"shadows": {"scores": [[1], [1, 2]]}}, "'scores' is a list that is no array: "),
+  ],
+)
+def test_settings_of_saved_scores_are_checked_before_the_attack(tmp_path, chosen, sentence):
+  given = {"shadows": {"scores": np.zeros((8, 4)), "members": np.eye(8, 4)}} | chosen
+  with unchecked(), pytest.raises(ValueError, match=re.escape(sentence)):
+    audit.run_scores(workdir=tmp_path / "run", **given)
+
+
+def test_a_workdir_may_be_at_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert storage.require_writable("~/runs") == tmp_path / "runs"
+  with pytest.raises(NotADirectoryError, match=r"cannot be written .*null byte"):
+    storage.require_writable(tmp_path / "a\0b")
+
+
+def test_a_folder_without_an_audit_has_no_networks(tmp_path):
+  with pytest.raises(FileNotFoundError, match="holds no audit"):
+    audit.load_quantized(tmp_path, "obc-3-3")
 
 
 @pytest.mark.parametrize("where", ["", " ", "gs://bucket/runs", "s3://bucket"])

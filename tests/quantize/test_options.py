@@ -1,0 +1,50 @@
+"""What is no argument of a method is refused in a sentence before anything is computed."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from ptq_jax.quantize import METHODS, nearest, options, walk
+from tests.audit.conftest import unchecked
+
+MODEL, IMAGES = nn.Sequential([nn.Dense(3)]), np.ones((4, 2), np.float32)
+GIVEN = {"key": jax.random.key(0), "model": MODEL, "variables": {}, "images": IMAGES}
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"key": 0}, "key is of the type int; give one of jax.random.key"),
+    ({"model": nn.Dense}, "model is of the type type; give a flax.linen.Module"),
+    ({"variables": None}, "variables is of the type NoneType; give what model.init gives"),
+    ({"images": [1, 2]}, "images is of the type list; give an array"),
+    ({"damping": -1.0}, "^damping is -1.0; it must be at least 0"),
+    ({"block_size": 1.5}, "^block_size is 1.5; it must be a whole number of at least 1, or None"),
+    ({"grid_options": {"norm": np.float32(0)}}, "^grid_options.norm is np.float32"),
+    ({"memory_bytes": True}, "^memory_bytes is True"),
+  ],
+)
+def test_what_is_no_argument(changes, sentence):
+  arguments = {name: changes.get(name, value) for name, value in GIVEN.items()}
+  of_obc = {name: changes[name] for name in changes.keys() - GIVEN}
+  with unchecked(), pytest.raises(ValueError, match=sentence):
+    METHODS["obc"].quantize_params(*arguments.values(), levels=3, **of_obc)
+
+
+def test_numbers_may_be_of_numpy_and_jax():
+  options.check("obc", {"damping": jax.numpy.float32(0.1), "block_size": np.int64(3)})
+  options.check(
+    "brecq", {"schedule": {"num_steps": np.array(3), "decay_rates": (0, np.float32(0))}}
+  )
+
+
+def test_options_of_a_method_of_ones_own_are_left_to_it():
+  def quantize_stacked(keys, model, variables, images, *, plans, norm):
+    raise KeyError(norm)
+
+  variables = MODEL.init(jax.random.key(0), IMAGES)
+  arguments = (GIVEN | {"variables": variables}).values()
+  with pytest.raises(KeyError, match="euclid"):
+    walk.for_one_model(quantize_stacked)(*arguments, levels=3, norm="euclid")
+  assert nearest.quantize_params.__module__ == nearest.__name__
