@@ -5,6 +5,7 @@ a model that do not fit, a workdir of another audit. Nothing in the workdir chan
 """
 
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -427,6 +428,13 @@ def _check_data(audit):
           f"{key} is {names}, but {data.name} holds {data.kind}; only images can be augmented: "
           "leave it empty."
         )
+  for key in AUGMENTATIONS:
+    for name, pixels in augment.make(tuple(settings.get(audit.config, key))).steps:
+      if pixels and max(pixels) >= min(data.image_shape[:2]):
+        raise ValueError(
+          f"{key} has {name}{max(pixels)}, which moves images of shape {data.image_shape} out of "
+          "their frame; take fewer pixels than a side has."
+        )
   if audit.config.report.show_images:
     reporting.require_images(data)
   for split, labels in (("pool", data.train_labels), ("test split", data.test_labels)):
@@ -469,6 +477,12 @@ def _check_model(audit):
       raise ValueError(
         f"model {name} gives {logits.dtype}{mode}; logits must be floating-point numbers."
       )
+  needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+  if needed > (there := parallel.host_memory_bytes()):
+    raise ValueError(
+      f"model {name} takes {needed / 1e9:.0f} GB, and this machine has {there / 1e9:.0f} GB; make "
+      "it smaller."
+    )
   if data.kind == "tokens":
     splits = (data.train_images, data.test_images)
     tables.require_rows(audit.model, variables, np.stack([split.max(axis=0) for split in splits]))
