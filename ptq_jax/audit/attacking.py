@@ -615,7 +615,7 @@ def uncounted(leaks: list[dict]) -> str | None:
 def nothing_found(found: list[dict]) -> str | None:
   """A sentence if the main attack finds nothing where it should find most: at full precision."""
   leaks = records.select(found, "leakage")
-  leaks = [r for r in leaks if r["method"] == "none"] or [r for r in leaks if len(leaks) == 1]
+  leaks = [r for r in leaks if r["method"] == "none" or r["attacker"] == "given"]
   if not leaks:
     return None
   auc, rates = leaks[0]["auc"], [rate for rate in leaks[0]["tpr"] if rate["low"] is not None]

@@ -51,6 +51,7 @@ def attack(
   preflight.check_values(config, sections=("attack", "seed"))
   own = read(shadows)
   attacked = own if targets is None else read(targets)
+  _require_distinct(own, None if targets is None else attacked)
   names = ["arrays" if isinstance(one, Mapping) else str(one) for one in (shadows, targets) if one]
   path = workdir / "results.jsonl"
   fingerprint = _fingerprint(own, attacked)
@@ -106,6 +107,7 @@ def attack(
   sentences = {
     "false-positive rates": guards.too_few_non_members(fewest, config.attack.fprs),
     "leakage": attacking.nothing_found(leaks),
+    "scores": _upside_down(leaks),
   }
   if accuracy is not None and "accuracy" in own:
     sentences["accuracy"] = guards.accuracy_mismatch(own["accuracy"], accuracy)
@@ -116,6 +118,35 @@ def attack(
   ]
   storage.write_records(path, [run_, *leaks, *cautions])
   Manifest(workdir).record("attack", "saved scores", [path])
+
+
+def _upside_down(leaks: list[dict]) -> str | None:
+  """A sentence if an attack ranks members surely below the others."""
+  below = [leak for leak in leaks if leak["auc"]["high"] is not None and leak["auc"]["high"] < 0.5]
+  if not below:
+    return None
+  auc = below[0]["auc"]
+  return (
+    f"to {records.attack_name(below[0]['attack'])} members are surely the lower ones (AUC "
+    f"{auc['value']:.3f}, {auc['low']:.3f} to {auc['high']:.3f}): a higher score must mean member, "
+    "so of losses, say, give the negative."
+  )
+
+
+def _require_distinct(shadows: dict, targets: dict | None) -> None:
+  """Raises ValueError for a model that is there twice, which tells all about its copy."""
+  groups = {"shadow": shadows} | ({} if targets is None else {"target": targets})
+  seen: dict[bytes, str] = {}
+  for group, arrays in groups.items():
+    pairs = zip(arrays["scores"], arrays["members"], strict=True)
+    for number, (scores, members) in enumerate(pairs):
+      row = hashlib.sha256(np.ascontiguousarray(scores, np.float64)).digest() + members.tobytes()
+      if np.ptp(scores) > 0 and row in seen:
+        raise ValueError(
+          f"{seen[row]} and {group} {number} have the same scores and members; they are copies, so "
+          "the attack would know all of it: give each model once."
+        )
+      seen[row] = f"{group} {number}"
 
 
 def _fingerprint(*sources: dict) -> str:

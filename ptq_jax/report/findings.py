@@ -59,7 +59,7 @@ def summarize(
     *_calibration_point(records, attack, fpr),
     *_releases_point(records, attack, fpr),
     *_epsilon_point(full),
-    *_targets_point(full),
+    *_targets_point(full or rows[0]),
     *_accuracy_point(full, quantized),
     *_fit_point(full, quantized),
     *_weak_point(rows, fpr),
@@ -106,7 +106,8 @@ def _loss_class(row: Row) -> int:
 
 
 def _headline(full: Row | None, quantized: Sequence[Row], chosen: Row | None, fpr: float) -> str:
-  at = f"of members found at {percent_words(fpr)} false positives"
+  shown = [row for row in (full, *quantized) if row]
+  at = f"of members found at {accepted(shown[0].counted, fpr)}"
   before = None if full is None else _rate(full.counted, fpr)
   if before is None:
     return _without_full_precision(quantized, fpr, at)
@@ -179,9 +180,16 @@ def _nothing(row: Row, fpr: float) -> str:
   found, chance = _percent(number["value"], fpr), _percent(number.get("chance", fpr), fpr)
   name = records_lib.describe(row.variant)
   return (
-    f"Nothing measurable was found: {name} shows {found} of members at {percent_words(fpr)} false"
-    f" positives, and guessing {chance}."
+    f"Nothing measurable was found: {name} shows {found} of members at"
+    f" {accepted(row.counted, fpr)}, and guessing {chance}."
   )
+
+
+def accepted(record: Record, fpr: float) -> str:
+  """The false positives at which a rate is read: none, with too few non-members for one."""
+  if records_lib.weakness(record, records_lib.tpr_at(record, fpr)) == "non_members":
+    return f"no false positive among {record['num_non_members']} non-members"
+  return f"{percent_words(fpr)} false positives"
 
 
 def _cost(chosen: Row) -> str:
@@ -217,6 +225,7 @@ def audited_by(records: Sequence[Record], attack: str) -> str:
   if run["protocol"] == "leave-one-out":
     how = f"{run['models']} {what} on {where}; each is attacked with the others as shadows"
   else:
+    what = what.replace("models", "model", 1) if run["targets"] == 1 else what
     how = f"{run['targets']} target {what} on {where}, attacked with {run['models']} shadows"
   return f"{how}. Attack: {records_lib.attack_name(attack)}."
 
@@ -238,7 +247,7 @@ def _baseline_point(full: Row | None, fpr: float) -> list[str]:
   chance = number.get("chance", fpr)
   start = (
     f"At full precision the attack finds {_percent(value, fpr)} of members"
-    f"{_interval(number, fpr)} at a threshold that {percent_words(fpr)} of non-members pass"
+    f"{_interval(number, fpr)} at {accepted(full.counted, fpr)}"
   )
   guess = f"chance ({_percent(chance, fpr)})"
   if low is None or high is None:
@@ -268,9 +277,9 @@ def _protection_point(quantized: Sequence[Row], fpr: float) -> list[str]:
   return [f"{sentence}."]
 
 
-def _targets_point(full: Row | None) -> list[str]:
+def _targets_point(row: Row) -> list[str]:
   """What one target cannot tell."""
-  if full is None or full.counted.get("num_targets") != 1:
+  if row.counted.get("num_targets") != 1:
     return []
   return [
     "One target was attacked: the intervals are about this model and say nothing about others"
@@ -306,7 +315,9 @@ def _calibration_point(records: Sequence[Record], attack: str, fpr: float) -> li
   words = " and ".join(f"{word} often in {count}" for word, count in counts.items() if count)
   start = "The best attacker finds members that calibrated the quantizer"
   if not words:
-    return [f"{start} neither more nor less often than other members in {len(known)} variants."]
+    return [
+      f"{start} measurably neither more nor less often than other members in {_of(len(known))}."
+    ]
   which, gap = max(known.items(), key=lambda pair: abs(pair[1].value) * bool(pair[1].sure))
   sign = "+" if gap.value > 0 else "-"
   return [
@@ -327,10 +338,10 @@ def _fit_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
     change.value < 0)}  # fmt: skip
   start = f"Accuracy on members ({100 * before:.1f}% at full precision)"
   if not lost:
-    return [f"{start} falls measurably in none of {len(known)} quantized variants."]
+    return [f"{start} falls measurably in none of {_of(len(known), 'quantized ')}."]
   most = min(lost, key=lost.get)
   return [
-    f"{start} falls measurably in {len(lost)} of {len(known)} quantized variants, most for"
+    f"{start} falls measurably in {len(lost)} of {_of(len(known), 'quantized ')}, most for"
     f" {records_lib.describe(most)}: by {_points(lost[most])} points."
   ]
 
@@ -410,10 +421,12 @@ def _accuracy_point(full: Row | None, quantized: Sequence[Row]) -> list[str]:
   if not same:
     return []
   row = min(same, key=lambda r: (r.variant.levels or math.inf, -(_accuracy(r) or 0.0)))
+  change = row.either["accuracy_minus_full_precision"]
   return [
     "The fewest bits without a measurable loss of test accuracy against full precision"
     f" ({100 * (_accuracy(full) or 0.0):.1f}%): {records_lib.describe(row.variant)},"
-    f" {100 * (_accuracy(row) or 0.0):.1f}%."
+    f" {100 * (_accuracy(row) or 0.0):.1f}% (change {tables.interval_words(change, 100.0, 1)}"
+    " points)."
   ]
 
 
@@ -450,6 +463,10 @@ def _variants(some: int, total: int) -> str:
   if some == 0:
     return "No quantized variant leaks"
   return f"{some} of {total} quantized variants {'leaks' if some == 1 else 'leak'}"
+
+
+def _of(total: int, kind: str = "") -> str:
+  return f"{total} {kind}variant{'s' * (total != 1)}"
 
 
 def _count(value: Any, what: str) -> str:

@@ -170,7 +170,7 @@ def _tiles(
       "rate": tables.number_cell(
         records_lib.tpr_at(record, fpr), decimals=tables.rate_decimals(fpr)
       ),
-      "fpr": tables.percent_words(fpr),
+      "at": findings.accepted(record, fpr),
       "accuracy": tables.number_cell(row.either.get("test_accuracy")),
     }
     for row, record in shown

@@ -142,6 +142,11 @@ def test_useless_networks_are_named():
 def test_nothing_to_find_is_a_warning():
   found = [leak(), leak("obc", 3, low=0.7)]
   assert "finds nothing measurable in full precision (AUC 0.600" in attacking.nothing_found(found)
+  given = [
+    leak("scores", attacker="given"),
+    leak("scores", attacker="given", attack="rmia", low=0.7),
+  ]
+  assert "measurable in saved scores (AUC 0.600" in attacking.nothing_found(given)
   assert attacking.nothing_found([leak(low=0.55)]) is None
   assert attacking.nothing_found([leak(rate=0.02)]) is None
   assert attacking.nothing_found([]) is None

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ptq_jax import settings, storage
+from ptq_jax import audit, settings, storage
 from ptq_jax.audit import reporting, saved_scores
 from ptq_jax.report import records
 
@@ -72,7 +72,9 @@ def test_saved_scores_say_what_they_are(tmp_path):
 
 def test_targets_of_their_own(tmp_path):
   shadows = save(tmp_path / "shadows.npz")
-  targets = save(tmp_path / "targets.npz", levels=np.array(3), method=np.array("obc"))
+  scores = np.random.default_rng(5).normal(size=(M, 2000))
+  named = {"levels": np.array(3), "method": np.array("obc")}
+  targets = save(tmp_path / "targets.npz", scores=scores, **named)
   found = attack_saved(tmp_path, shadows, targets)
   assert {record["method"] for record in records.select(found, "leakage")} == {"obc"}
 
@@ -167,3 +169,32 @@ def test_the_folder_of_privacy_meter(tmp_path, name):
   signals.unlink()
   with pytest.raises(ValueError, match="has neither experiment"):
     saved_scores.read(str(tmp_path))
+
+
+def scores_of(num_models, seed=0):
+  rng = np.random.default_rng(seed)
+  half = rng.permuted(np.tile(np.arange(40) % 2 == 0, (num_models // 2, 1)), axis=1)
+  members = np.stack([half, ~half], axis=1).reshape(num_models, 40)
+  return {"scores": rng.normal(size=members.shape) + 3 * members, "members": members}
+
+
+def test_losses_for_scores_are_said(tmp_path):
+  given = scores_of(8)
+  options = {"attack.attacks": ("loss_threshold",), "attack.resamples": 20, "figures": False}
+  for name, sign in {"losses": -1, "scores": 1}.items():
+    scores = given | {"scores": sign * given["scores"]}
+    found = audit.run_scores(scores, workdir=tmp_path / name, **options).records
+    said = {record["about"]: record["message"] for record in records.select(found, "warning")}
+    assert ("scores" in said) == (name == "losses")
+    if name == "losses":
+      assert "to loss threshold members are surely the lower ones (AUC 0.0" in said["scores"]
+
+
+def test_a_model_that_is_there_twice_is_refused(tmp_path):
+  given, others = scores_of(8), scores_of(4, seed=1)
+  twice = {name: array[[0, 1, 2, 3, 4, 5, 2, 7]] for name, array in given.items()}
+  with pytest.raises(ValueError, match="shadow 2 and shadow 6 have the same scores and members"):
+    audit.run_scores(twice, workdir=tmp_path)
+  others["scores"][3], others["members"][3] = given["scores"][5], given["members"][5]
+  with pytest.raises(ValueError, match="shadow 5 and target 3 have the same scores"):
+    audit.run_scores(given, others, workdir=tmp_path)

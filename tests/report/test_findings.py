@@ -35,8 +35,8 @@ def test_a_clear_drop_is_a_finding(example):
     " them); each is attacked with the others as shadows. Attack: LiRA online."
   )
   assert found.points == [
-    "At full precision the attack finds 10.0% of members (9.0\u201311.0%) at a threshold that 1% of"
-    " non-members pass, 10.0 times chance (1.0%).",
+    "At full precision the attack finds 10.0% of members (9.0\u201311.0%) at 1% false"
+    " positives, 10.0 times chance (1.0%).",
     "1 of 1 quantized variants leaks measurably less than full precision; the one with most bits is"
     " OBC at 1.58 bit.",
     "LiRA online with full-precision shadows, on scores as they are, underestimates leakage most"
@@ -138,8 +138,8 @@ def test_leakage_at_chance_is_said(example):
     " guessing 1.0%."
   )
   assert found.points == [
-    "At full precision the attack finds 1.1% of members (0.9\u20131.2%) at a threshold that 1% of"
-    " non-members pass; chance (1.0%) is within the interval."
+    "At full precision the attack finds 1.1% of members (0.9\u20131.2%) at 1% false positives;"
+    " chance (1.0%) is within the interval."
   ]
 
 
@@ -156,6 +156,15 @@ def test_chance_is_that_of_few_non_members(example):
   [point, *_] = findings.summarize([example.leakage(tpr=[entry])]).points
   assert point.endswith("; chance (11.1%) is within the interval.")
   assert "times" not in point
+
+
+def test_a_rate_that_no_threshold_can_keep_is_not_quoted(example):
+  """Of 20 non-members 1 % is none; one target speaks for itself alone."""
+  tpr = rates(example, 0.5)
+  few = example.leakage("scores", None, None, "given", non_members=20, tpr=tpr)
+  found = findings.summarize([few | {"num_targets": 1}])
+  assert "of members found at no false positive among 20 non-members." in found.headline
+  assert any(point.startswith("One target was attacked") for point in found.points)
 
 
 def test_unmatched_attacks_may_underestimate(example):
@@ -288,4 +297,6 @@ def test_lost_member_fit_and_calibration_members_are_findings(example):
   ) in findings.summarize([*found, *more]).points
   gap["minus_other_members"] = example.differences(0.001)
   same = findings.summarize([*found, example.leakage("obc", 3, 3, "best", **gap)]).points
-  assert any("neither more nor less often than other members in 1" in point for point in same)
+  assert any(
+    "measurably neither more nor less often than other members in 1 variant." in p for p in same
+  )
