@@ -28,6 +28,9 @@ from ptq_jax.train import shadows
 MODELS_DEDICATED, MODELS_LEAVE_ONE_OUT = 4, 6
 """Fewest shadows with which every example has two on each side: all there, or a pair left out."""
 
+FOLDERS = ("locks", "scores", "quantized", "figures")
+"""What is written below a workdir, beside the models."""
+
 AUGMENTATIONS = ("train.augmentation", "queries.augmentation", "quantize.calibration_augmentation")
 """Settings that name augmentations."""
 
@@ -76,6 +79,9 @@ def open_audit(
     settings.require_known_keys(config)
     root = storage.require_writable(root)
     trained = storage.require_writable(trained) if trained else root / "models"
+    for folder in (trained, *(root / name for name in FOLDERS)):
+      if os.path.lexists(folder):
+        storage.require_writable(folder)
     audit = Audit(config, root, trained, **more)
     check(audit)
     require_own(audit)

@@ -408,6 +408,14 @@ def test_a_workdir_may_be_at_home(tmp_path, monkeypatch):
     storage.require_writable(tmp_path / "a\0b")
 
 
+@pytest.mark.parametrize("name", ["models", "locks", "scores"])
+def test_a_file_in_the_place_of_a_folder_is_found_before_training(tmp_path, name):
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(NotADirectoryError, match=f"{name} cannot be written .*; choose another"):
+    opened(tmp_path)
+  assert (tmp_path / name).read_text() == "mine"
+
+
 def test_a_folder_without_an_audit_has_no_networks(tmp_path):
   with pytest.raises(FileNotFoundError, match="holds no audit"):
     audit.load_quantized(tmp_path, "obc-3-3")
