@@ -296,19 +296,19 @@ def check_values(config: settings.Config, *, sections: Sequence[str] = ("",)) ->
 def _check_types(config):
   """Numbers are no truth values, words are words, and nothing stands twice in a list."""
   defaults = settings.audit_defaults()
+  given = settings.dotted(settings.plain(config))
   for key in settings.dotted(settings.plain(defaults)):
     *parents, name = key.split(".")
     kind = functools.reduce(settings.get, parents, defaults).get_type(name)
-    if kind in (int, float) and isinstance(value := settings.get(config, key), bool):
-      raise ValueError(f"{key} is {value}; it must be a number.")
+    if kind in (int, float) and isinstance(given.get(key), bool):
+      raise ValueError(f"{key} is {given[key]}; it must be a number.")
   for key in WORDS:
-    for word in settings.get(config, key) or ():
+    for word in given.get(key) or ():
       if not isinstance(word, str):
         raise ValueError(f"{key} has {word!r}; it must be a list of words.")
   for key in ONCE:
-    values = list(settings.get(config, key))
-    for value in values:
-      if values.count(value) > 1:
+    for value in given[key]:
+      if given[key].count(value) > 1:
         raise ValueError(f"{key} has {value!r} twice; name it once.")
 
 

@@ -302,7 +302,8 @@ def exposed(records: Sequence[Record]) -> Table:
   notes = [
     "Example: its row in the pool and in exposure.csv, which has all examples and every bit width;"
     f" number in the source: its place among the training {records_lib.examples(records)} that were"
-    " read.",
+    " read. Of so many examples some come first by chance alone: audit with another seed, and see"
+    " which are named again.",
   ]
   return Table("The most exposed examples", [*columns, Column("exposure")], rows, notes)
 
