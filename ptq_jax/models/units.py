@@ -493,6 +493,8 @@ def _describe(module, path, inputs, outputs, shapes, options) -> Layer | str:
   kernel = shapes.get(f"params/{path}/{parameter}")
   if kernel is None:
     return "its parameters stand elsewhere"
+  if not math.prod(kernel):
+    return "it has no weights"
   by_image = inputs[0] % NUM_IMAGES == 0 == outputs[0] % NUM_IMAGES and inputs[0] * outputs[0] > 0
   geometry = {
     "kernel_shape": kernel,

@@ -358,8 +358,15 @@ def _check_applied(model, variables, image, layers) -> None:
     rng = np.random.default_rng(0)
     spread = 0.1 * (np.std(np.asarray(image, np.float32)) or 1.0)
     image = image + rng.normal(0, spread, image.shape).astype(image.dtype)
-  with jax.default_matmul_precision("highest"):
-    found = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
+  try:
+    with jax.default_matmul_precision("highest"):
+      found = jax.device_get(_mismatches(Hashable(model), tuple(layers), variables, image))
+  except nn.module.errors.FlaxError as error:
+    reason = str(error).split(" (https://")[0]
+    raise ValueError(
+      f"{type(model).__name__} cannot be quantized, for it does not run while its layers are "
+      f"watched (nn.map_variables is a known reason): {reason}."
+    ) from error
   wrong = [layer for layer in layers if not found[layer.path][0] <= found[layer.path][1]]
   if wrong:
     first, *more = wrong

@@ -425,7 +425,9 @@ def _by_plan(results: Sequence[Variables], plans) -> Variables:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _with_plans(num_plans, ordered):
-  return jax.tree.map(lambda leaf: leaf.reshape(num_plans, -1, *leaf.shape[1:]), ordered)
+  return jax.tree.map(
+    lambda leaf: leaf.reshape(num_plans, len(leaf) // num_plans, *leaf.shape[1:]), ordered
+  )
 
 
 def _records(outcomes: Sequence[Sequence[Outcome]], plans) -> list[Record]:

@@ -169,6 +169,18 @@ def test_what_is_no_matrix_is_kept_by_name(layer, options, reason):
   assert reason in survey.kept[0].reason
 
 
+def test_a_layer_without_inputs_is_kept():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      none = nn.Dense(2, name="none", kernel_init=nn.initializers.zeros)(images[..., :0])
+      return nn.Dense(2, name="head")(images) + none
+
+  survey = units.survey(Model(), shapes(Model()), IMAGES)
+  assert [layer.path for layer in survey.layers] == ["head"]
+  assert survey.kept == (units.Kept("none/kernel", (0, 2), "it has no weights"),)
+
+
 def test_a_scanned_layer_is_kept():
   survey = units.survey(Scanned(), shapes(Scanned()), IMAGES)
   assert [layer.path for layer in survey.layers] == ["head"]

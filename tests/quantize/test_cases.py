@@ -112,6 +112,19 @@ def test_a_normalised_kernel_is_refused_by_name(wrapper):
   assert jax.tree.structure(result) == jax.tree.structure(variables)
 
 
+def test_variables_that_are_mapped_are_refused_in_one_sentence():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      squashed = nn.map_variables(
+        nn.Dense, "params", lambda v: jax.tree.map(jnp.tanh, v), init=True
+      )
+      return nn.Dense(3, name="head")(squashed(4, name="odd")(images.mean((1, 2))))
+
+  with pytest.raises(ValueError, match=r"Model cannot be quantized.*map_variables"):
+    quantized("nearest", Model(), fresh.variables(Model(), IMAGES))
+
+
 class SharedNorm(nn.Module):
   """One normalisation behind two layers."""
 

@@ -147,6 +147,10 @@ def test_other_errors_and_single_pairs_are_not_retried(pair, plans, monkeypatch)
     adarounded(pair, plans[:1])
 
 
+def test_a_leaf_without_entries_has_its_plans():
+  assert walk._with_plans(2, {"a": jnp.zeros((6, 0, 3))})["a"].shape == (2, 3, 0, 3)
+
+
 def test_stack_and_rows():
   parts = [{"a": jnp.full((2,), i), "b": jnp.float32(i)} for i in range(5)]
   stacked = walk.stack(parts)
