@@ -55,7 +55,8 @@ class Lines:
     self._stream = stream or sys.stderr
     self._live = self._stream.isatty()
     self._stage = ""
-    self._start = self._printed = 0.0
+    self._printed = 0.0
+    self._starts = {}  # of stages; one may go on within another
     self._width = 0
 
   def __call__(self, event: Event) -> None:
@@ -66,10 +67,13 @@ class Lines:
       self._write(event.sentence + "\n")
       return
     if event.stage != self._stage:
-      self._stage, self._start, self._printed = event.stage, now, now
+      self._stage, self._printed = event.stage, now
+    if event.done == event.before:
+      self._starts[event.stage] = now
+    start = self._starts.setdefault(event.stage, now)
     if event.ended or now - self._printed > (0.2 if self._live else 10):
       self._printed = now
-      self._show(event, now - self._start)
+      self._show(event, now - start)
 
   def _show(self, event, elapsed):
     share = min(event.done / event.total, 1.0) if event.total else 1.0

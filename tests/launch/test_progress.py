@@ -1,5 +1,6 @@
-"""What TensorBoard is given."""
+"""What a user sees of the progress, and what TensorBoard is given."""
 
+import io
 import struct
 import sys
 
@@ -44,3 +45,18 @@ def test_a_missing_package_is_one_sentence_before_anything_runs(tmp_path, monkey
   with pytest.raises(ValueError, match="--tensorboard needs another package: pip install"):
     progress.listener(tmp_path, True)
   assert isinstance(progress.listener(tmp_path, False), progress.Lines)
+
+
+def test_the_time_left_counts_what_goes_on_within_a_stage(monkeypatch):
+  """Quantizing reads the models of each chunk, which is a stage of its own."""
+  stream, clock = io.StringIO(), iter((0, 100, 100, 100, 150, 200))
+  monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+  listener, stage = progress.Lines(stream), Event("quantize", done=10, total=40, before=10)
+  listener(stage)
+  listener(stage._replace(done=20))
+  for done in (0, 0.5):
+    listener(Event("train_shadows", done=done, total=1))
+  listener(stage._replace(done=25))
+  listener(stage._replace(done=30))
+  times = [line.rsplit("  ", 1)[1] for line in stream.getvalue().splitlines()]
+  assert times == ["3 min 20 s left", "1 min 40 s left"]
