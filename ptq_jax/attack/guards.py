@@ -73,7 +73,7 @@ def copies(pool_pairs: int, pool_size: int, fprs: Sequence[float]) -> str | None
   if 10 * share < min(fprs) or not pool_pairs:
     return None
   return (
-    f"the pool holds {pool_pairs} pairs of exact copies, so about {share:.2%} of the non-members"
+    f"the pool holds {_pairs(pool_pairs)} of exact copies, so about {share:.2%} of the non-members"
     " have a copy among the members and look like them: what is found at false-positive rates near"
     " or below that is too little; drop the copies from the data."
   )
@@ -84,10 +84,14 @@ def copies_in_test(cross_pairs: int, test_size: int) -> str | None:
   if 100 * cross_pairs < test_size:
     return None
   return (
-    f"{cross_pairs} pairs of exact copies lie one in the pool and one in the test split, which has "
-    f"{test_size} examples: test accuracy is in part accuracy on what was trained on; drop the "
+    f"{_pairs(cross_pairs)} of exact copies lie one in the pool and one in the test split, which "
+    f"has {test_size} examples: test accuracy is in part accuracy on what was trained on; drop the "
     "copies from the test split."
   )
+
+
+def _pairs(count: int) -> str:
+  return f"{count} pair{'s' * (count != 1)}"
 
 
 def few_false_positives(false_positives: int, *, fpr: float, needed: int = 10) -> str | None:

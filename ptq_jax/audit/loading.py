@@ -82,6 +82,8 @@ def load_quantized(
       scores in full precision, or that does not fit the model.
     storage.CorruptFileError: if its codes are damaged.
   """
+  if not isinstance(workdir, str | pathlib.Path):
+    raise ValueError(f"workdir is a {type(workdir).__name__}; give the folder of an audit.")
   root = pathlib.Path(workdir).expanduser()
   if not (root / "config.json").is_file():
     raise FileNotFoundError(f"{root} holds no audit: it has no config.json.")

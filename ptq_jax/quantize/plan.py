@@ -21,6 +21,9 @@ FULL = "full"
 LAST_LAYER_SWEEP = (3, 4, 8, 16, 256, FULL)
 """Levels of the last layer in the sweep of arXiv 2512.15335, from coarsest to full precision."""
 
+GRID_OPTIONS = ("symmetric", "search", "norm", "include_zero", "group_size")
+"""Options of `grid.fit` that a method takes."""
+
 Levels = int | None
 """2 to 256, or None: full precision."""
 
@@ -173,10 +176,15 @@ def grid_options(
     options: for all layers, but `group_size` may be sizes by path pattern, see `by_pattern`:
       `{"head/*": None, "*": 64}`.
   Raises:
-    ValueError: what `by_pattern` refuses, or a group size that does not divide the inputs of a
-      layer that a plan quantizes.
+    ValueError: an option that there is not, what `by_pattern` refuses, or a group size that does
+      not divide the inputs of a layer that a plan quantizes.
   """
+  if not isinstance(options, Mapping | None):
+    raise ValueError(f"grid_options is {options!r}; give options of grid.fit by name.")
   options = dict(options or {})
+  if unknown := sorted(set(options) - set(GRID_OPTIONS)):
+    known = ", ".join(GRID_OPTIONS)
+    raise ValueError(f"grid_options has {unknown[0]!r}; the options of a grid are {known}.")
   sizes = options.pop("group_size", None)
   if not isinstance(sizes, Mapping):
     sizes = {layer.path: sizes for layer in layers}
@@ -195,6 +203,8 @@ def check(plan: Mapping[str, Levels], layers: Sequence[Layer]) -> None:
   paths = [layer.path for layer in layers]
   _require_same("plan", set(plan) ^ set(paths), paths)
   for chosen in plan.values():
+    if np.ndim(chosen):
+      raise ValueError(f"levels of a layer are {chosen}; give one whole number, or None.")
     if chosen is not None:
       grid.check_levels(chosen)
 

@@ -419,6 +419,8 @@ def test_a_file_in_the_place_of_a_folder_is_found_before_training(tmp_path, name
 def test_a_folder_without_an_audit_has_no_networks(tmp_path):
   with pytest.raises(FileNotFoundError, match="holds no audit"):
     audit.load_quantized(tmp_path, "obc-3-3")
+  with unchecked(), pytest.raises(ValueError, match="workdir is a NoneType; give the folder"):
+    audit.load_quantized(None, "obc-3-3")
 
 
 @pytest.mark.parametrize("where", ["", " ", "gs://bucket/runs", "s3://bucket"])

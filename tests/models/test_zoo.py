@@ -50,6 +50,15 @@ def test_widths_of_a_perceptron_are_checked(hidden):
     models.make("mlp", num_classes=2, hidden=hidden)
 
 
+@pytest.mark.parametrize(
+  ("name", "option"), [("convnet", "num_convolutions"), ("resnet8", "width"), ("vit", "depth")]
+)
+def test_sizes_of_a_model_are_at_least_1(name, option):
+  for value in (0, -1):
+    with pytest.raises(ValueError, match=f"^model.{option} is {value}; it must be at least 1"):
+      models.make(name, num_classes=2, **{option: value})
+
+
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])
 def test_auto_is_half_precision_on_accelerators_alone(monkeypatch, platform, dtype):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)

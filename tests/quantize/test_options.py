@@ -32,6 +32,22 @@ def test_what_is_no_argument(changes, sentence):
     METHODS["obc"].quantize_params(*arguments.values(), levels=3, **of_obc)
 
 
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"levels": [3]}, r"levels of a layer are \[3\]; give one whole number"),
+    ({"levels": {"*": (3, 4)}}, r"levels of a layer are \(3, 4\); give one"),
+    ({"grid_options": 3}, "grid_options is 3; give options of grid.fit by name"),
+    ({"grid_options": {"sides": 2}}, "grid_options has 'sides'; the options of a grid are symm"),
+  ],
+)
+def test_what_a_layer_or_a_grid_cannot_be_given(changes, sentence):
+  variables = jax.device_get(MODEL.init(jax.random.key(0), IMAGES))
+  arguments = (GIVEN | {"variables": variables}).values()
+  with unchecked(), pytest.raises(ValueError, match=sentence):
+    METHODS["nearest"].quantize_params(*arguments, **{"levels": 3, **changes})
+
+
 def test_numbers_may_be_of_numpy_and_jax():
   options.check("obc", {"damping": jax.numpy.float32(0.1), "block_size": np.int64(3)})
   options.check(
