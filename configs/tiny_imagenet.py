@@ -14,6 +14,7 @@ protocol=paper: 64 shadows and 10 targets, 160 epochs, and 20 000 steps of AdaRo
   for several accelerators (launch/slurm.sh, k8s.yaml).
 recipe=fast or paper: how each model is trained, if not as the protocol has it, such as
   configs/tiny_imagenet.py:protocol=paper,recipe=fast for the paper's many models without a cluster.
+protocol=small: resnet8 on 8000 images scaled to 32x32, 16 models, for two CPU cores.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
   compilation. The numbers mean nothing.
 Operations are counted, not timed: bash launch/run sweep --dry_run --config ... --sweep seed=0 does
@@ -28,9 +29,10 @@ from configs import protocols
 
 def get_config(arg=""):
   """The settings that differ from `settings.audit_defaults`; --help lists all."""
+  protocols_here = ("fast", "paper", "small", "smoke")
   config = protocols.study(
-    arg, data="tiny_imagenet", last_layers=("same", 256), only=("fast", "paper", "smoke")
+    arg, data="tiny_imagenet", last_layers=("same", 256), only=protocols_here, small_epochs=24
   )
-  if config.name.startswith("tiny_imagenet smoke"):
+  if config.name.startswith(("tiny_imagenet small", "tiny_imagenet smoke")):
     config.data.image_size = 32
   return config
