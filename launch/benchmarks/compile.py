@@ -15,7 +15,8 @@ kernels  instructions that move anything: on a GPU each is a launch.
 memory   milliseconds that `moved` takes at the chip's bandwidth: no step can be faster.
 optimal  milliseconds by the compiler's own model of the chip: on a TPU, and where no loop runs
          inside a step (it counts a loop once).
-share    of the bf16 peak, if a step took the longer of these two.
+share    of the bf16 peak, if a step took the longer of these two; at most all of it, where the
+         arithmetic takes longer than either (a network whose arrays stay on the chip).
 
 Models one after the other cost as often what one costs: the rows with 1 together. A step is an
 update in training, a batch of 500 images in scoring, one of the steps on 32 images in BRECQ, a
@@ -228,8 +229,13 @@ def measure(job: Job, device: jax.Device, chip: Chip | None, options: argparse.N
     "flop": case.flop,
     "memory_s": chip and traffic.moved / chip.gigabytes_per_s / 1e9,
     "optimal_s": optimal,
-    "share_of_peak": case.flop / fastest / chip.tflops / 1e12 if chip and case.flop else None,
+    "share_of_peak": share_of_peak(case.flop, fastest, chip) if chip and case.flop else None,
   }
+
+
+def share_of_peak(flop: float, seconds: float, chip: Chip) -> float:
+  """What of the arithmetic that a chip could do in this time is done, if it can be done in it."""
+  return flop / max(seconds * chip.tflops * 1e12, flop)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from launch.benchmarks import _hlo as hlo
+from launch.benchmarks import compile as compiled
 from launch.benchmarks import device
 from launch.benchmarks._rows import Rows
 from ptq_jax import models
@@ -143,3 +144,9 @@ def test_the_rule_for_a_chip_names_what_can_be_set_beside_what_auto_takes(tmp_pa
       rows.find(key)["images_per_s"] = 200.0 if key[3] == 1 else None
       rows.find(key)["seconds"] = 1.0 if key[3] == 1 else None
   assert "models_together=1 lowering=auto; " in device.rule(rows, options)[0]
+
+
+def test_no_program_does_more_than_the_peak():
+  chip = compiled.CHIPS["v5e"]
+  assert compiled.share_of_peak(chip.tflops * 1e12, 4.0, chip) == 0.25
+  assert compiled.share_of_peak(1e12, 0.0, chip) == 1  # all its arrays stay on the chip
