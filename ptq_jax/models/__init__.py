@@ -41,7 +41,7 @@ def make(
     **options: of the model, such as `width`; `dtype` may be "auto", see `compute_dtype`.
   Raises:
     ValueError: for an unknown name, a factory that cannot be imported, an unknown option, or one of
-      the zoo that is below 1.
+      the zoo that is too small.
   """
   text = name if isinstance(name, str) else ""
   factory = name if callable(name) else _import(name) if ":" in text else ZOO.get(text)
@@ -66,8 +66,9 @@ def make(
     elif accepted["vocabulary"].default is inspect.Parameter.empty:
       raise ValueError(f"model {name!r} takes token ids (it has a vocabulary); these are none.")
   for option, value in options.items():
-    if text in ZOO and type(value) is int and value < 1:
-      raise ValueError(f"model.{option} is {value}; it must be at least 1.")
+    least = 0 if option == "depth" else 1  # without blocks a transformer is a bag of tokens
+    if text in ZOO and type(value) is int and value < least:
+      raise ValueError(f"model.{option} is {value}; it must be at least {least}.")
   if "dtype" in options:
     options["dtype"] = compute_dtype(options["dtype"])
   if "rngs" in accepted:  # flax.nnx

@@ -51,11 +51,13 @@ def test_widths_of_a_perceptron_are_checked(hidden):
 
 
 @pytest.mark.parametrize(
-  ("name", "option"), [("convnet", "num_convolutions"), ("resnet8", "width"), ("vit", "depth")]
+  ("name", "option", "least"),
+  [("convnet", "num_convolutions", 1), ("resnet8", "width", 1), ("vit", "depth", 0)],
 )
-def test_sizes_of_a_model_are_at_least_1(name, option):
-  for value in (0, -1):
-    with pytest.raises(ValueError, match=f"^model.{option} is {value}; it must be at least 1"):
+def test_sizes_of_a_model_that_are_too_small(name, option, least):
+  models.make(name, num_classes=2, **{option: least})
+  for value in range(-1, least):
+    with pytest.raises(ValueError, match=f"^model.{option} is {value}; it must be at least"):
       models.make(name, num_classes=2, **{option: value})
 
 
