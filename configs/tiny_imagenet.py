@@ -29,9 +29,12 @@ from configs import protocols
 
 def get_config(arg=""):
   """The settings that differ from `settings.audit_defaults`; --help lists all."""
-  protocols_here = ("fast", "paper", "small", "smoke")
   config = protocols.study(
-    arg, data="tiny_imagenet", last_layers=("same", 256), only=protocols_here, small_epochs=24
+    arg,
+    data="tiny_imagenet",
+    last_layers=("same", 256),
+    only=("fast", "paper", "small", "smoke"),
+    small_epochs=24,
   )
   if config.name.startswith(("tiny_imagenet small", "tiny_imagenet smoke")):
     config.data.image_size = 32

@@ -37,7 +37,7 @@ from ptq_jax.audit import events, work
 from ptq_jax.audit.work import Chunk, Work
 from ptq_jax.data import augment, batches, duplicates, load
 from ptq_jax.metrics import leakage
-from ptq_jax.models import call, classifier, conv, flops, predict, units
+from ptq_jax.models import call, checks, conv, flops, predict, units
 from ptq_jax.quantize import METHODS, pack, plan
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer
@@ -96,12 +96,12 @@ class Audit:
   def notes_on_model(self) -> list[str]:
     """Sentences on what is odd in the model; one that cannot be audited is a ValueError."""
     data = self.dataset
-    number = np.arange(classifier.NUM_EXAMPLES)
+    number = np.arange(checks.NUM_EXAMPLES)
     examples = np.random.default_rng(0).normal(size=(len(number), *data.image_shape))
     examples = examples.astype(np.float32)
     if data.kind == "tokens":
       examples = data.train_images[number % len(data.train_images)]
-    return classifier.check(self.model, examples, name=self.config.model.name)
+    return checks.check_classifier(self.model, examples, name=self.config.model.name)
 
   @functools.cached_property
   def settled(self) -> dict:

@@ -456,12 +456,10 @@ def _check_model(audit):
   """That the model takes the inputs and gives a number for each class, in both of its modes."""
   data, name = audit.dataset, audit.config.model.name
   images = data.fed(2)
-  init = functools.partial(call.init, audit.model)
-  for train in (False, True):
-    mode = " in training" if train else ""
+
+  def traced(function, *arguments, mode=""):
     try:
-      variables = jax.eval_shape(init, jax.random.key(0), images)
-      logits = jax.eval_shape(functools.partial(_run, audit.model, train), variables, images)
+      return jax.eval_shape(function, *arguments)
     except errors.ModifyScopeVariableError as error:
       raise ValueError(
         f"model {name} changes its statistics in evaluation mode, too; give its BatchNorm "
@@ -474,6 +472,11 @@ def _check_model(audit):
         f"model {name} cannot take {data.kind} of shape {data.image_shape}{mode}"
         f"{hint.get(data.kind, '')}: {type(error).__name__}: {reason}"
       ) from error
+
+  variables = traced(functools.partial(call.init, audit.model), jax.random.key(0), images)
+  for train, mode in ((False, ""), (True, " in training")):
+    run = functools.partial(_run, audit.model, train)
+    logits = traced(run, variables, images, mode=mode)
     if getattr(logits, "shape", None) != (2, data.num_classes):
       raise ValueError(
         f"model {name} gives {getattr(logits, 'shape', logits)} for 2 {data.kind} of "

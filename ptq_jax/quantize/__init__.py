@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq_jax.base import ArrayLike, Int, Keys, Shaped, Variables
-from ptq_jax.models import classifier, parallel
+from ptq_jax.models import checks, parallel
 from ptq_jax.models import units as model_units
 from ptq_jax.models.units import Survey
 from ptq_jax.quantize import adaround, brecq, capture, nearest, obc, walk
@@ -115,7 +115,7 @@ def check_model(
   """
   rng = np.random.default_rng(0)
   image = np.asarray(rng.normal(size=(1, *image_shape)), np.float32) if tokens is None else tokens
-  variables = classifier.random_variables(model, image)
+  variables = checks.random_variables(model, image)
   stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], variables)
   survey = capture.check(model, stacked, image[None], plans=plans, strict=strict)
   model_units.chain(model, variables, image, units=units)

@@ -148,10 +148,14 @@ def patch_size(layer: Layer) -> int:
 
 def batches(images: Shaped[ArrayLike, "n ..."], batch_size: int) -> Iterator[Array]:
   """Consecutive batches of nearly equal size, at most `batch_size`; at most two distinct sizes."""
-  count = math.ceil(len(images) / batch_size)
-  ends = [round(i * len(images) / count) for i in range(count + 1)]
-  for start, end in itertools.pairwise(ends):
-    yield jax.device_put(images if count == 1 else images[start:end])
+  for start, end in edges(len(images), batch_size):
+    yield jax.device_put(images if end - start == len(images) else images[start:end])
+
+
+def edges(length: int, batch_size: int) -> Iterator[tuple[int, int]]:
+  """Where each of the `batches` begins and ends."""
+  count = math.ceil(length / batch_size)
+  return itertools.pairwise(round(i * length / count) for i in range(count + 1))
 
 
 def patches(

@@ -370,9 +370,9 @@ def unit_inputs(model: nn.Module, unit: Unit, variables: Variables, images: Arra
 
 def unit_batches(inputs: Array, unit: Unit, num_images: int) -> Iterator[Array]:
   """Batches of a unit's inputs, of whole images, at most `num_images` of them."""
-  for index in capture.batches(np.arange(len(inputs) // unit.parts), num_images):
-    part = slice(index[0] * unit.parts, (index[-1] + 1) * unit.parts)
-    yield inputs if part == slice(0, len(inputs)) else inputs[part]
+  for start, end in capture.edges(len(inputs) // unit.parts, num_images):
+    start, end = start * unit.parts, end * unit.parts
+    yield inputs if end - start == len(inputs) else inputs[start:end]
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1))

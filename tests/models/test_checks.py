@@ -6,9 +6,9 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from ptq_jax.models import classifier
+from ptq_jax.models import checks
 
-EXAMPLES = np.random.default_rng(0).normal(size=(classifier.NUM_EXAMPLES, 4)).astype(np.float32)
+EXAMPLES = np.random.default_rng(0).normal(size=(checks.NUM_EXAMPLES, 4)).astype(np.float32)
 
 
 class Model(nn.Module):
@@ -27,7 +27,7 @@ def centred(x, _):
 
 
 def notes(**parts):
-  return classifier.check(Model(**parts), EXAMPLES, name="mine")
+  return checks.check_classifier(Model(**parts), EXAMPLES, name="mine")
 
 
 @pytest.mark.parametrize(
@@ -67,5 +67,5 @@ def test_nothing_is_said_of_what_is_well():
 
   for end in (nn.log_softmax, nn.tanh, lambda x: 1e-3 * x, lambda x: 0 * x):
     assert notes(end=end, before=before) == []
-  lonely = EXAMPLES[[0] * classifier.NUM_EXAMPLES]
-  assert classifier.check(Model(before=centred), lonely, name="mine") == []
+  lonely = EXAMPLES[[0] * checks.NUM_EXAMPLES]
+  assert checks.check_classifier(Model(before=centred), lonely, name="mine") == []

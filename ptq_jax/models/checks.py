@@ -1,4 +1,4 @@
-"""What a model must do to be audited as a classifier, seen on random weights, before training."""
+"""Whether a model can be audited as a classifier, seen on random weights, before training."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ptq_jax.base import PyTree, Shaped, Variables
 from ptq_jax.models import call
 
 NUM_EXAMPLES = 6
-"""Examples that `check` takes."""
+"""Examples that `check_classifier` takes."""
 
 ROUNDING = 0.01
 """Share of the largest logit by which rounding, of bfloat16 too, may move one in another batch."""
@@ -47,7 +47,9 @@ def _statistics(model, examples):
   return {name: tree for name, tree in variables.items() if name != "params"}
 
 
-def check(model: nn.Module, examples: Shaped[np.ndarray, "n ..."], *, name: str) -> list[str]:
+def check_classifier(
+  model: nn.Module, examples: Shaped[np.ndarray, "n ..."], *, name: str
+) -> list[str]:
   """Runs a model on random weights and looks at what it gives.
 
   Args:
