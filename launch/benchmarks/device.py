@@ -10,7 +10,8 @@ Measures, in the order of what they tell:
   conv       layers of ResNet-18 forward and backward, models one by one and four at once
   lira       the online attack
 Beside every program stands the time that its bytes (by the compiled program, `_hlo.py`) take at
-the speed of the copy, and its memory (`memory_analysis`) beside the most that the device held.
+the speed of the copy, and its memory (`memory_analysis`) beside the most that the device held;
+below training as chosen, the five instructions that take most of its time, by JAX's profiler.
 
 Every row is kept in a file as soon as it is measured; the next start goes on from there. The last
 lines are the rule that train.models_together="auto" and train.lowering="auto" should follow here,
@@ -19,9 +20,15 @@ It imports nothing beyond JAX, Flax, Optax, NumPy and what these import.
 """
 
 import argparse
+import collections
 import functools
+import gzip
 import importlib.util
+import json
+import pathlib
+import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +46,9 @@ from ptq_jax.models import conv, flops, parallel
 
 BIG, SMALL = ("resnet18", 64), ("convnet", 16)
 QUICK_BIG, QUICK_SMALL = ("resnet8", 8), ("convnet", 8)
+
+CONTROL = ("while", "conditional", "call")
+"""Instructions whose time is that of others."""
 
 
 def main(argv: list[str]) -> None:
@@ -125,7 +135,8 @@ def run_program(job: Job, options: argparse.Namespace) -> dict:
   began = time.perf_counter()
   compiled = programs.lowered(case, job, jax.local_devices()[0]).compile()
   compile_s = time.perf_counter() - began
-  seconds = repeated(case, compiled) / case.steps / job.together
+  call = caller(case, compiled)
+  seconds = seconds_of(call) / case.steps / job.together
   memory = compiled.memory_analysis()
   program = hlo.of(compiled, unknown_trips=case.unknown_trips)
   held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -139,6 +150,7 @@ def run_program(job: Job, options: argparse.Namespace) -> dict:
     "peak_bytes": held,  # of everything until now
     "flop": case.flop,
     "images_per_s": images_of(job, options) / seconds,
+    "largest": largest(call) if job.part == "training" and job.lowering == AS_CHOSEN else [],
   }
 
 
@@ -147,8 +159,8 @@ def images_of(job: Job, options: argparse.Namespace) -> int:
   return {"training": options.batch, "scoring": programs.SCORED}.get(job.part, 0)
 
 
-def repeated(case: Case, compiled) -> float:
-  """Seconds of one call; what it gives back in place of what it was given is used again."""
+def caller(case: Case, compiled) -> Callable[[], Any]:
+  """Calls the program; what it gives back in place of what it was given is used again."""
   arguments = [jax.tree.map(filled, argument) for argument in case.arguments]
 
   def call():
@@ -157,7 +169,21 @@ def repeated(case: Case, compiled) -> float:
       arguments[index] = results[0] if type(results) is tuple else results
     return results
 
-  return seconds_of(call)
+  return call
+
+
+def largest(call: Callable[[], Any], count: int = 5) -> list[tuple[str, float]]:
+  """The instructions that take most of the time of one call, and the share of each."""
+  spent = collections.Counter()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      jax.block_until_ready(call())
+    for path in pathlib.Path(folder).rglob("*.trace.json.gz"):
+      for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
+        name = event.get("args", {}).get("hlo_op", "")
+        if name and not name.startswith(CONTROL):
+          spent[name] += event["dur"]
+  return [(name, time / spent.total()) for name, time in spent.most_common(count)]
 
 
 def filled(described: jax.ShapeDtypeStruct) -> jax.Array:
@@ -230,7 +256,8 @@ def line(key: tuple, row: dict, rows: Rows) -> str:
     held = f", device held {row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else ""
     cells.append(f"{row['reckoned_bytes'] / 1e9:.2f} GB{held}")
   rates = [f"{name} {rate:.0f} images/s" for name, rate in row.items() if "PyTorch" in name]
-  return "  ".join(cells + rates)
+  shares = ", ".join(f"{name} {share:.0%}" for name, share in row.get("largest", ()))
+  return "  ".join(cells + rates) + (f"\n  most of it: {shares}" if shares else "")
 
 
 def rule(rows: Rows, options: argparse.Namespace) -> list[str]:

@@ -150,3 +150,17 @@ def test_no_program_does_more_than_the_peak():
   chip = compiled.CHIPS["v5e"]
   assert compiled.share_of_peak(chip.tflops * 1e12, 4.0, chip) == 0.25
   assert compiled.share_of_peak(1e12, 0.0, chip) == 1  # all its arrays stay on the chip
+
+
+def test_the_largest_instructions_are_those_that_do_the_work():
+  def step(_, x):
+    return jnp.tanh(x @ x)
+
+  call = functools.partial(jax.jit(lambda x: jax.lax.fori_loop(0, 3, step, x)), jnp.ones((64, 64)))
+  jax.block_until_ready(call())
+  found = device.largest(call, count=3)
+  assert 1 <= len(found) <= 3
+  assert not [name for name, _ in found if name.startswith("while")]
+  shares = [share for _, share in found]
+  assert shares == sorted(shares, reverse=True)
+  assert 0 < sum(shares) <= 1 + 1e-9
