@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -486,7 +487,10 @@ def locked(
 
 
 def _owner(path: pathlib.Path) -> str:
-  """Who has a lock, as its file says."""
-  with contextlib.suppress(OSError):
-    return path.read_text().strip() or "somebody"
+  """Who has a lock, as its file says; whoever has just got it writes that at once."""
+  for _ in range(20):
+    with contextlib.suppress(OSError):
+      if owner := path.read_text().strip():
+        return owner
+    time.sleep(0.05)
   return "somebody"

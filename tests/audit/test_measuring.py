@@ -213,7 +213,8 @@ def test_processes_that_ask_at_once_measure_once(tmp_path, measured):
   for audit in audits:
     audit.config.train.lowering = "measure"
     object.__setattr__(audit, "listener", heard)
-  measured.until = lambda: sum("which measures the same" in sentence for sentence in heard) == 2
+  waiting = "waiting for process "
+  measured.until = lambda: sum(sentence.startswith(waiting) for sentence in heard) == 2
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     found = list(pool.map(lambda audit: measuring.choose(audit, 4, share=4), audits))
   assert found == [(4, "patches")] * 3

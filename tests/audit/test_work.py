@@ -328,3 +328,14 @@ def test_processes_without_shards_take_what_is_free(tmp_path):
   for thread in threads:
     thread.join()
   assert sorted(done) == chunks
+
+
+def test_who_has_just_got_a_lock_is_named(tmp_path, monkeypatch):
+  """A lock is held before its file says by whom."""
+  path = tmp_path / "lock"
+  path.touch()
+  monkeypatch.setattr(work.time, "sleep", lambda seconds: path.write_text("process 7 on there\n"))
+  assert work._owner(path) == "process 7 on there"
+  monkeypatch.setattr(work.time, "sleep", lambda seconds: None)
+  path.write_text("")
+  assert work._owner(path) == "somebody"
