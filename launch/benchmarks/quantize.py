@@ -30,6 +30,7 @@ from ptq_jax.models import convnet, fold_batchnorm, units
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import adaround, brecq, capture, grid, plan, quadratic, rounding
+from ptq_jax.quantize.layer import matrix_kernel
 
 PLAIN = adaround.MINI_BATCH
 DIGITS_LEVELS = (3, 4, 16)
@@ -90,7 +91,7 @@ def layer(shape, levels: int, plain_steps: int) -> dict:
   alpha, plain = plain_adaround(described, kernel, fitted, inputs, outputs, plain_steps)
   rounded = rounding.hard_weights(kernel, alpha, fitted)
   exact = functools.partial(_exact_error, described, inputs, outputs)
-  found = capture.matrix_kernel(solution.codes, described)
+  found = matrix_kernel(solution.codes, described)
   return {
     "ours": times,
     "compile": first.wall - times.wall,

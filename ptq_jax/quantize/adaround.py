@@ -28,6 +28,14 @@ from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture, grid, plan, quadratic, reconstruct, walk
 from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.layer import (
+  apply,
+  flat_outputs,
+  grid_matrix,
+  kernel_matrix,
+  matrix_kernel,
+  without_bias,
+)
 from ptq_jax.quantize.plan import Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Schedule
 
@@ -224,7 +232,7 @@ def _batch_moments(model, unit, layer, full, quantized, full_inputs, inputs, sha
   calls = capture.calls(model.module, quantized, inputs, [layer], unit=unit)[layer.path]
   kernel, parts = trees.get(full, layer.kernel), []
   for geometry, one, wanted in zip(layer.geometries, calls, full_calls, strict=True):
-    outputs = capture.without_bias(full, geometry, wanted.outputs)
+    outputs = without_bias(full, geometry, wanted.outputs)
     found = quadratic.moments(one.inputs, outputs, kernel, geometry)
     parts.append((outputs.size, found))
   rows = sum(count for count, _ in parts)
@@ -239,19 +247,16 @@ def _solve(layer, schedule, stop, sweeps, kernels, grids, sums):
   """Rounded kernels [N, ...] and solutions of stacked layers."""
 
   def one(kernel, kernel_grid, layer_moments):
-    weights = capture.kernel_matrix(kernel.astype(kernel_grid.scale.dtype), layer)
-    scale, zero_point = (capture.kernel_matrix(part, layer) for part in kernel_grid[:2])
-    matrix_grid = Grid(scale, zero_point, kernel_grid.levels)
     solution = quadratic.solve(
-      weights,
-      matrix_grid,
+      kernel_matrix(kernel.astype(kernel_grid.scale.dtype), layer),
+      grid_matrix(kernel_grid, layer),
       layer_moments,
       schedule=schedule,
       stop=stop,
       sweeps=sweeps,
       kept_in=kernel.dtype,
     )
-    codes = capture.matrix_kernel(solution.codes, layer)
+    codes = matrix_kernel(solution.codes, layer)
     return grid.dequantize(codes, kernel_grid), solution
 
   return jax.vmap(one)(kernels, grids, sums)
@@ -267,9 +272,8 @@ class LayerRun(NamedTuple):
 
   def __call__(self, weights, variables, inputs):
     del variables
-    matrix = capture.kernel_matrix(weights[self.layer.path], self.layer)
-    product = jnp.einsum("gpd,gdk->pgk", capture.patches(inputs, self.layer), matrix)
-    return product.reshape(len(inputs), -1, self.layer.num_columns)
+    outputs = apply(weights[self.layer.path], inputs, self.layer)
+    return outputs.reshape(len(inputs), -1, self.layer.num_columns)
 
 
 def by_mini_batches(
@@ -290,8 +294,8 @@ def by_mini_batches(
     x = _layer_calls(site, layer, site.quantized[index], site.quantized_inputs[index])
     y = _layer_calls(site, layer, full, site.full_inputs[model_index])
     inputs.append(x.inputs)
-    rows = capture.output_rows(capture.without_bias(full, layer, y.outputs), layer)
-    targets.append(jnp.moveaxis(rows, 0, 1).reshape(len(x.inputs), -1, layer.num_columns))
+    rows = flat_outputs(without_bias(full, layer, y.outputs), layer)
+    targets.append(rows.reshape(len(x.inputs), -1, layer.num_columns))
   run = LayerRun(layer.unnamed)
   name = run.layer.path
   problems = reconstruct.Problem(

@@ -29,6 +29,7 @@ from ptq_jax.models import units as cut
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Unit
 from ptq_jax.quantize import adaround, capture, plan, reconstruct, walk
+from ptq_jax.quantize.layer import apply, patch_size
 from ptq_jax.quantize.plan import Plan, Progress, Record
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
@@ -173,10 +174,9 @@ def _convolve_by_patches(unit):
       return next_function(*args, **kwargs)
     inputs = args[0] if args else kwargs["inputs"]
     parameters = jax.tree.map(jnp.asarray, nn.meta.unbox(context.module.variables["params"]))
-    matrix = capture.kernel_matrix(parameters["kernel"], layer)
-    product = jnp.einsum("gpd,gdk->pgk", capture.patches(inputs, layer), matrix)
     window = len(layer.kernel_shape) - 2
-    outputs = product.reshape(*inputs.shape[: -1 - window], *layer.output_shape[-1 - window :])
+    outputs = apply(parameters["kernel"], inputs, layer)
+    outputs = outputs.reshape(*inputs.shape[: -1 - window], *layer.output_shape[-1 - window :])
     bias = parameters.get("bias")
     return outputs if bias is None else outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
@@ -374,7 +374,7 @@ def _pair_bytes(chain: Sequence[Unit], num_images: int, batch_size: int) -> int:
     first, last = unit.layers[0], unit.layers[-1]
     ends = math.prod(first.input_shape) + 2 * math.prod(last.output_shape)
     state = 10 * sum(math.prod(layer.kernel_shape) for layer in unit.layers)
-    step = min(batch_size, num_images) * sum(map(capture.patch_size, unit.layers))
+    step = min(batch_size, num_images) * sum(map(patch_size, unit.layers))
     return 2 * num_images * ends + 2 * state + 3 * step
 
   return 4 * max(needed(unit) for unit in chain if unit.layers)

@@ -23,8 +23,8 @@ from ptq_jax.base import Array, ArrayLike, Float, PyTree, Shaped, Variables
 from ptq_jax.models import conv, parallel, units
 from ptq_jax.models.call import Hashable
 from ptq_jax.models.units import Kept, Layer, Survey, Unit
-from ptq_jax.quantize import grid, plan
-from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize import plan
+from ptq_jax.quantize.layer import kernel_matrix, output_rows, patch_size, patches, without_bias
 from ptq_jax.quantize.plan import Plan
 
 COLLECTION = "captured"
@@ -141,11 +141,6 @@ def images_at_once(layers: Sequence[Layer], *, memory_bytes: int | None = None) 
   return max(1, memory_bytes // (4 * max(map(patch_size, layers))))
 
 
-def patch_size(layer: Layer) -> int:
-  """Entries of the patches of one image."""
-  return max(1, layer.positions) * layer.num_rows * layer.feature_group_count
-
-
 def batches(images: Shaped[ArrayLike, "n ..."], batch_size: int) -> Iterator[Array]:
   """Consecutive batches of nearly equal size, at most `batch_size`; at most two distinct sizes."""
   for start, end in edges(len(images), batch_size):
@@ -156,109 +151,6 @@ def edges(length: int, batch_size: int) -> Iterator[tuple[int, int]]:
   """Where each of the `batches` begins and ends."""
   count = math.ceil(length / batch_size)
   return itertools.pairwise(round(i * length / count) for i in range(count + 1))
-
-
-def patches(
-  inputs: Shaped[Array, "n ..."], layer: Layer
-) -> Float[Array, "groups positions window_inputs"]:
-  """The rows that a layer multiplies with its kernel: `patches @ kernel_matrix` is its output.
-
-  Args:
-    inputs: of the layer, [n, *spatial, channels] or [n, ..., features]; of an embedding, integers.
-    layer: with the geometry of this call.
-  Returns:
-    One matrix per feature group; rows run over images, then output pixels; columns in the order of
-    the kernel's axes.
-  """
-  if layer.kind == "embed":
-    return jax.nn.one_hot(inputs.reshape(1, -1), layer.num_rows)
-  if layer.kind == "dense":
-    last = range(-len(layer.contracted), 0)
-    return jnp.moveaxis(inputs, layer.contracted, last).reshape(1, -1, layer.num_rows)
-  window, groups = layer.kernel_shape[:-2], layer.feature_group_count
-  padded = _padded(inputs.reshape(-1, *inputs.shape[-1 - len(window) :]), layer)
-  extents = zip(padded.shape[1:-1], window, layer.kernel_dilation, layer.strides, strict=True)
-  sizes = [(size - (k - 1) * d - 1) // s + 1 for size, k, d, s in extents]
-  columns = []
-  for offset in itertools.product(*(range(k) for k in window)):
-    starts = [o * d for o, d in zip(offset, layer.kernel_dilation, strict=True)]
-    cut = tuple(
-      slice(start, start + (size - 1) * stride + 1, stride)
-      for start, size, stride in zip(starts, sizes, layer.strides, strict=True)
-    )
-    columns.append(padded[(slice(None), *cut)].reshape(-1, groups, layer.kernel_shape[-2]))
-  rows = jnp.stack(columns, axis=2)  # [positions, groups, window, inputs]
-  return jnp.moveaxis(rows, 1, 0).reshape(groups, rows.shape[0], -1)
-
-
-def _padded(images, layer):
-  """Images [n, *spatial, channels] with what a convolution puts around and between their pixels."""
-  if layer.padding_mode != "zeros":
-    return jnp.pad(images, ((0, 0), *layer.padding, (0, 0)), mode=layer.padding_mode)
-  gaps = layer.input_dilation or (1,) * len(layer.padding)
-  config = [(*pads, gap - 1) for pads, gap in zip(layer.padding, gaps, strict=True)]
-  return jax.lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-
-
-def output_rows(
-  outputs: Float[Array, "n ..."], layer: Layer
-) -> Float[Array, "groups positions group_outputs"]:
-  """What a layer gave, in the order of `patches @ kernel_matrix`."""
-  moved = jnp.moveaxis(outputs, layer.output_axes, range(-len(layer.output_axes), 0))
-  return jnp.moveaxis(moved.reshape(-1, layer.feature_group_count, _group_columns(layer)), 1, 0)
-
-
-def without_bias(
-  variables: Variables, layer: Layer, outputs: Float[Array, "n ..."]
-) -> Float[Array, "n ..."]:
-  """What a layer gave before its bias was added."""
-  bias = trees.get(variables, f"params/{layer.path}").get("bias")
-  if bias is None:
-    return outputs
-  shape = [1] * outputs.ndim
-  for axis in layer.output_axes:
-    shape[axis] = outputs.shape[axis]
-  return outputs - nn.meta.unbox(bias).reshape(shape)
-
-
-def kernel_matrix(
-  kernel: Shaped[ArrayLike, "..."], layer: Layer
-) -> Shaped[Array, "groups window_inputs group_outputs"]:
-  """A Flax kernel, or anything of its shape, as one matrix per feature group.
-
-  Parts of a grid have one number per output channel: [groups, 1, group_outputs].
-  """
-  moved = jnp.transpose(kernel, layer.axes)
-  matrix = jnp.reshape(moved, (-1, layer.feature_group_count, _group_columns(layer)))
-  return jnp.moveaxis(matrix, 1, 0)
-
-
-def matrix_kernel(
-  matrix: Shaped[ArrayLike, "groups window_inputs group_outputs"], layer: Layer
-) -> Shaped[Array, "..."]:
-  """Inverse of `kernel_matrix`, of parts of a grid too."""
-  whole = layer.kernel_shape if matrix.shape[1] == layer.num_rows else layer.grid_shape
-  moved = jnp.moveaxis(matrix, 0, 1).reshape([whole[axis] for axis in layer.axes])
-  return jnp.transpose(moved, np.argsort(layer.axes))
-
-
-def fit_grid(kernel: Shaped[ArrayLike, "..."], layer: Layer, **options) -> Grid:
-  """`grid.fit` of a kernel, per output channel or group, broadcastable against the kernel."""
-  plain = layer.axes == tuple(range(kernel.ndim)) and len(layer.outputs) == 1
-  if plain:
-    return grid.fit(kernel, **options)
-  columns = jnp.transpose(kernel, layer.axes).reshape(layer.num_rows, layer.num_columns)
-  fitted = grid.fit(columns, **options)
-  whole = layer.grid_shape if len(fitted.scale) == 1 else layer.kernel_shape
-  shape = [whole[axis] for axis in layer.axes]
-  scale, zero_point = (
-    jnp.transpose(part.reshape(shape), np.argsort(layer.axes)) for part in fitted[:2]
-  )
-  return Grid(scale, zero_point, fitted.levels)
-
-
-def _group_columns(layer) -> int:
-  return layer.num_columns // layer.feature_group_count
 
 
 def check(

@@ -24,6 +24,7 @@ from ptq_jax.models import units
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import capture
 from ptq_jax.quantize.grid import check_finite
+from ptq_jax.quantize.layer import patches
 
 MAX_INFLATION = 2e4
 """Largest H_jj * (H^-1)_jj accepted without more damping. While OBC eliminates columns, entry j of
@@ -79,7 +80,7 @@ def from_inputs(
 
 def moments(layer: Layer, inputs: Shaped[Array, "n ..."]) -> Float[Array, "groups D D"]:
   """Sum of x x^T over the patches x of a batch, in float32 at least."""
-  rows = capture.patches(inputs, layer)
+  rows = patches(inputs, layer)
   rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
   return jnp.einsum("gpi,gpj->gij", rows, rows, precision=jax.lax.Precision.HIGHEST)
 
@@ -93,7 +94,7 @@ class Counted(NamedTuple):
 
 def counted_moments(layer: Layer, inputs: Shaped[Array, "n ..."]) -> Counted:
   """`moments` and the number of rows; a function for `capture.stream`."""
-  rows = jax.eval_shape(functools.partial(capture.patches, layer=layer), inputs).shape[1]
+  rows = jax.eval_shape(functools.partial(patches, layer=layer), inputs).shape[1]
   return Counted(moments(layer, inputs), jnp.asarray(rows, jnp.float32))
 
 
@@ -129,7 +130,7 @@ def output_error(
   """Error of a layer's output: squared, summed over channels, mean over images and pixels.
 
   Args:
-    change: quantized minus full-precision weights, `capture.kernel_matrix` of them.
+    change: quantized minus full-precision weights, `layer.kernel_matrix` of them.
   """
   precise = jax.lax.Precision.HIGHEST
   total = jnp.sum(change * jnp.matmul(hessian, change, precision=precise))

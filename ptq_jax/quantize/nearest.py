@@ -19,11 +19,12 @@ from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Float, Keys, Shaped, Variables
 from ptq_jax.quantize import capture, grid, hessian, plan, walk
 from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.layer import fit_grid, grid_matrix, kernel_matrix, matrix_kernel
 from ptq_jax.quantize.plan import Plan, Progress, Record
 
 
 class Job(NamedTuple):
-  """One layer of M models at U numbers of levels; matrices as `capture.kernel_matrix` has them."""
+  """One layer of M models at U numbers of levels; matrices as `layer.kernel_matrix` has them."""
 
   weights: Float[Array, "M groups D K"]
   """In full precision."""
@@ -167,15 +168,13 @@ def _round(layer, options, kernels, hessians, counts):
   """The job of one layer, its grids in the kernel's shape [U, M, ...], nearest's error [U, M]."""
 
   def fit(kernel, count):
-    return capture.fit_grid(kernel, layer, levels=count, **dict(options))
+    return fit_grid(kernel, layer, levels=count, **dict(options))
 
   fitted = jax.vmap(jax.vmap(fit, (0, None)), (None, 0))(kernels, counts)
-  per_group = jax.vmap(jax.vmap(functools.partial(capture.kernel_matrix, layer=layer)))
-  weights = jax.vmap(lambda kernel: capture.kernel_matrix(kernel, layer))(kernels)
+  weights = jax.vmap(functools.partial(kernel_matrix, layer=layer))(kernels)
   weights = weights.astype(fitted.scale.dtype)
-  grids = Grid(
-    per_group(fitted.scale), per_group(fitted.zero_point), counts.reshape(-1, 1, 1, 1, 1)
-  )
+  grids = jax.vmap(jax.vmap(functools.partial(grid_matrix, layer=layer)))(fitted)
+  grids = grids._replace(levels=counts.reshape(-1, 1, 1, 1, 1))
   rounded = grid.nearest(weights[None], grids)
   job = Job(weights, hessians, grids, rounded)
   return job, fitted, _errors(layer, kernels.dtype, job, rounded)
@@ -187,7 +186,7 @@ def _finish(layer, where, original, job, found, before, fitted):
   error = _errors(layer, original.dtype, job, found)
   better = (error < before)[:, :, None, None, None]
   best = jnp.where(better, found, job.nearest)
-  reshape = functools.partial(capture.matrix_kernel, layer=layer)
+  reshape = functools.partial(matrix_kernel, layer=layer)
   kernels = jax.vmap(jax.vmap(reshape))(best).astype(original.dtype)
   found = kernels, before, jnp.minimum(error, before), fitted.scale, fitted.zero_point
   return _by_plan(where, fitted.scale.shape[2:], original, found)

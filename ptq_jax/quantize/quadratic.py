@@ -8,7 +8,7 @@ the weights W,
 
 A step on the whole calibration set costs two matrix products whatever the number of images, and
 single roundings can be turned at the price of a row (`polish`). Matrices are those of
-`capture.kernel_matrix`: one per feature group, [groups, D, K]. Nothing here sees a model.
+`layer.kernel_matrix`: one per feature group, [groups, D, K]. Nothing here sees a model.
 """
 
 import functools
@@ -22,8 +22,9 @@ import optax
 
 from ptq_jax.base import Array, Float, Int, Shaped
 from ptq_jax.models.units import Layer
-from ptq_jax.quantize import capture, grid, reconstruct, rounding
+from ptq_jax.quantize import grid, reconstruct, rounding
 from ptq_jax.quantize.grid import Grid, in_steps
+from ptq_jax.quantize.layer import kernel_matrix, output_rows, patches
 from ptq_jax.quantize.reconstruct import Schedule
 
 POLISH_BLOCK = 32  # coordinates between two updates of the whole gradient
@@ -76,10 +77,10 @@ def moments(
     Moments of this batch; the mean over batches, weighted by their images, is that of the set.
   """
   wide = jnp.promote_types(kernel.dtype, jnp.float32)
-  rows = capture.patches(inputs, layer).astype(wide)
-  matrix = capture.kernel_matrix(kernel.astype(wide), layer)
+  rows = patches(inputs, layer).astype(wide)
+  matrix = kernel_matrix(kernel.astype(wide), layer)
   multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-  rest = capture.output_rows(outputs, layer).astype(wide) - multiply("gpd,gdk->gpk", rows, matrix)
+  rest = output_rows(outputs, layer).astype(wide) - multiply("gpd,gdk->gpk", rows, matrix)
   num_rows = rows.shape[1]
   return Moments(
     multiply("gpd,gpe->gde", rows, rows) / num_rows,
@@ -115,9 +116,14 @@ def objective(
   beta: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, "groups D K"]]:
   """Equation 25 on the whole calibration set, and its gradient with respect to alpha."""
-  relaxed = reconstruct.relax(weights, alpha, grid, weight=weight, beta=beta)
-  value, gradient = error(relaxed.weights - weights, moments, precision=None)
-  return value + relaxed.term, relaxed.gradient(gradient)
+
+  def rounded(alpha):
+    term = weight * rounding.regularizer(alpha, beta=beta)
+    return rounding.soft_weights(weights, alpha, grid), term
+
+  (soft, term), pull = jax.vjp(rounded, alpha)
+  value, slope = error(soft - weights, moments, precision=None)
+  return value + term, pull((slope, jnp.ones_like(term)))[0]
 
 
 def learn(
@@ -237,7 +243,7 @@ def solve(
   """Rounds one layer by its moments: `learn`, round, `polish`, or nearest if that is better.
 
   Args:
-    weights: `capture.kernel_matrix` of the kernel.
+    weights: `layer.kernel_matrix` of the kernel.
     matrix_grid: scale and zero point [groups, 1 or D, K].
     kept_in: dtype of the quantized weights, in which errors are measured; None: as `weights`.
   """

@@ -26,7 +26,7 @@ def initial_alpha(weights: Float[ArrayLike, "..."], grid: Grid) -> Float[Array, 
 
 def soft(alpha: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
   """h(alpha) in [0, 1], how far a weight goes up: the rectified sigmoid of equation 23."""
-  return jnp.clip(jax.nn.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+  return _clamp(jax.nn.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 1)
 
 
 def soft_weights(
@@ -34,8 +34,8 @@ def soft_weights(
 ) -> Float[Array, "..."]:
   """scale * (clip(floor(weights / scale) + h(alpha))), clipped to the grid: equation 22."""
   steps, first = in_steps(weights, grid)
-  steps = jnp.floor(steps) + soft(alpha) + first
-  return (jnp.clip(steps, 0, grid.levels - 1) - grid.zero_point) * grid.scale
+  steps = jnp.floor(steps) + first + soft(alpha)
+  return (_clamp(steps, grid.levels - 1) - grid.zero_point) * grid.scale
 
 
 def hard_codes(
@@ -58,7 +58,16 @@ def regularizer(
   alpha: Float[ArrayLike, "..."], *, beta: float | Float[ArrayLike, ""]
 ) -> Float[Array, ""]:
   """Sum of 1 - |2 h(alpha) - 1| ** beta, equation 24: 0 once every weight has decided."""
-  return jnp.sum(1 - jnp.abs(2 * soft(alpha) - 1) ** beta)
+  size = jnp.abs(2 * soft(alpha) - 1)
+  size = jnp.where(size > 1e-30, size, 1e-30)
+  # As an exponential the power shares it with its derivative; as `**` each would take its own.
+  return jnp.sum(1 - jnp.exp(beta * jnp.log(size)))
+
+
+def _clamp(values, top):
+  """Values cut to [0, top]. The slope of `jnp.clip` halves itself at the ends, by divisions."""
+  top = jnp.broadcast_to(jnp.asarray(top, values.dtype), values.shape)
+  return jax.lax.clamp(jnp.zeros_like(values), values, top)
 
 
 def beta(

@@ -31,6 +31,7 @@ from ptq_jax.models.units import Kept, Layer, Unit
 from ptq_jax.quantize import capture, grid, plan
 from ptq_jax.quantize import options as option_values
 from ptq_jax.quantize.grid import Grid
+from ptq_jax.quantize.layer import fit_grid
 from ptq_jax.quantize.plan import Levels, Plan, Progress, Record, Records
 
 PER_MODEL = ("labels", "batchnorm_images")
@@ -387,7 +388,7 @@ def _unit_inputs(model, unit, variables, images):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fit(layer, options, kernels, counts):
-  fit = functools.partial(capture.fit_grid, layer=layer, **dict(options))
+  fit = functools.partial(fit_grid, layer=layer, **dict(options))
   return jax.vmap(lambda kernel, count: fit(kernel, levels=count))(kernels, counts)
 
 

@@ -12,6 +12,7 @@ from ptq_jax import trees
 from ptq_jax.models import parallel, units
 from ptq_jax.models.call import Hashable
 from ptq_jax.quantize import capture
+from ptq_jax.quantize.layer import kernel_matrix, matrix_kernel, patches
 
 
 def parts(ensemble):
@@ -21,7 +22,7 @@ def parts(ensemble):
 
 
 def gram(layer, inputs):
-  rows = capture.patches(inputs, layer)
+  rows = patches(inputs, layer)
   return jnp.einsum("gpd,gpe->gde", rows, rows)
 
 
@@ -31,9 +32,9 @@ def test_patches_times_kernel_is_the_layer(foreign):
   assert set(calls) == {"down", "grouped", "pointwise", "classifier"}
   for layer in layers:
     kernel = trees.get(variables, layer.kernel)
-    matrix = capture.kernel_matrix(kernel, layer)
-    np.testing.assert_array_equal(capture.matrix_kernel(matrix, layer), kernel)
-    rows = capture.patches(calls[layer.path][0].inputs, layer)
+    matrix = kernel_matrix(kernel, layer)
+    np.testing.assert_array_equal(matrix_kernel(matrix, layer), kernel)
+    rows = patches(calls[layer.path][0].inputs, layer)
     product = jnp.moveaxis(rows @ matrix, 0, 1).reshape(len(images), *layer.output_shape)
     bias = trees.get(variables, f"params/{layer.path}").get("bias", 0.0)
     expected = np.asarray(calls[layer.path][0].outputs) - np.asarray(bias)
@@ -43,7 +44,7 @@ def test_patches_times_kernel_is_the_layer(foreign):
 def test_padding_before_and_after_may_differ():
   layer = units.Layer("c", "conv", (2, 3, 1, 1), (1, 2), ((1, 0), (0, 2)), (1, 1))
   image = jnp.arange(1.0, 7.0).reshape(1, 2, 3, 1)
-  rows = capture.patches(image, layer)[0]
+  rows = patches(image, layer)[0]
   expected = [[0, 0, 0, 1, 2, 3], [0, 0, 0, 3, 0, 0], [1, 2, 3, 4, 5, 6], [3, 0, 0, 6, 0, 0]]
   np.testing.assert_array_equal(rows, expected)
 

@@ -11,6 +11,7 @@ import pytest
 from ptq_jax import trees
 from ptq_jax.models import units
 from ptq_jax.quantize import capture, hessian
+from ptq_jax.quantize.layer import kernel_matrix
 from tests import fresh
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "obc.npz")
@@ -159,7 +160,7 @@ def test_output_error_is_the_distance_of_outputs():
   expected = jnp.square(outputs).sum(-1).mean()
   (layer,) = units.layers(One(), first, inputs)
   matrix = hessian.from_inputs(inputs, kernel_shape=(3, 3, 2, 4), padding="VALID")[None]
-  change = capture.kernel_matrix(kernels[0] - kernels[1], layer)
+  change = kernel_matrix(kernels[0] - kernels[1], layer)
   np.testing.assert_allclose(hessian.output_error(change, matrix, layer), expected, rtol=1e-4)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ptq_jax.models.units import Layer
-from ptq_jax.quantize import adaround, capture, grid, quadratic, reconstruct
+from ptq_jax.quantize import adaround, grid, quadratic, reconstruct
+from ptq_jax.quantize.layer import kernel_matrix, matrix_kernel
 from ptq_jax.quantize.reconstruct import Problem, Schedule
 
 REFERENCE = np.load(pathlib.Path(__file__).parent / "data" / "adaround.npz")
@@ -36,8 +37,8 @@ def conv(groups=1, stride=1):
 
 def matrices(layer, kernel, fitted):
   """A kernel and its grid as the second-moment form wants them."""
-  scale, zero_point = (capture.kernel_matrix(part, layer) for part in fitted[:2])
-  return capture.kernel_matrix(kernel, layer), grid.Grid(scale, zero_point, fitted.levels)
+  scale, zero_point = (kernel_matrix(part, layer) for part in fitted[:2])
+  return kernel_matrix(kernel, layer), grid.Grid(scale, zero_point, fitted.levels)
 
 
 def random_case(layer, seed=0, levels=4):
@@ -82,15 +83,13 @@ def test_both_forms_have_one_objective(layer):
     )
     weights, matrix_grid = matrices(layer, kernel, fitted)
     moments = quadratic.moments(inputs, outputs, kernel, layer)
-    matrix = capture.kernel_matrix(alpha, layer)
+    matrix = kernel_matrix(alpha, layer)
     found = quadratic.objective(matrix, weights, matrix_grid, moments, weight=0.02, beta=6.0)
     return loss, gradient, *found
 
   loss, gradient, value, slope = both(alpha)
   np.testing.assert_allclose(value, loss, rtol=1e-4)
-  np.testing.assert_allclose(
-    capture.matrix_kernel(slope, layer), gradient["conv"], rtol=1e-3, atol=1e-5
-  )
+  np.testing.assert_allclose(matrix_kernel(slope, layer), gradient["conv"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", LEVELS)
@@ -108,7 +107,7 @@ def test_reference_by_second_moments(bits):
     *(jnp.asarray(read(name).transpose(0, 2, 3, 1)) for name in "xy"), kernel, layer
   )
   schedule = Schedule(num_steps=1000, learning_rate=1e-3, weight=0.01)
-  alpha = capture.kernel_matrix(to_kernel(read("alpha")), layer)
+  alpha = kernel_matrix(to_kernel(read("alpha")), layer)
   for step, total in zip(read("steps"), read("total_loss"), strict=True):
     weight, beta = reconstruct.rounding_term(int(step), schedule)
     value, gradient = quadratic.objective(
@@ -116,7 +115,7 @@ def test_reference_by_second_moments(bits):
     )
     np.testing.assert_allclose(value, total, rtol=1e-4)
     if step == 400:
-      expected = capture.kernel_matrix(to_kernel(read("grad_alpha_step400")), layer)
+      expected = kernel_matrix(to_kernel(read("grad_alpha_step400")), layer)
       np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5)
 
 

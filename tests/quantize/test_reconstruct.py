@@ -80,25 +80,6 @@ def test_reference_losses_and_gradient(bits):
       np.testing.assert_allclose(gradient[PATH], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("levels", [3, 16])
-def test_relax_is_rounding_with_its_derivatives(levels):
-  values = np.random.default_rng(0).normal(size=(3, 30, 4)).astype(np.float32)
-  weights, alpha, direction = map(jnp.asarray, values)
-  alpha = 4 * alpha
-  fitted = grid.fit(weights, levels=levels)
-
-  def naive(alpha):
-    term = 0.3 * rounding.regularizer(alpha, beta=5.5)
-    return jnp.sum(direction * rounding.soft_weights(weights, alpha, fitted)) + term, term
-
-  relaxed = reconstruct.relax(weights, alpha, fitted, weight=0.3, beta=5.5)
-  soft = rounding.soft_weights(weights, alpha, fitted)
-  np.testing.assert_allclose(relaxed.weights, soft, atol=1e-6)
-  (_, term), gradient = jax.value_and_grad(naive, has_aux=True)(alpha)
-  np.testing.assert_allclose(relaxed.term, term, rtol=1e-5)
-  np.testing.assert_allclose(relaxed.gradient(direction), gradient, rtol=1e-4, atol=1e-6)
-
-
 def test_learned_rounding_beats_nearest_rounding():
   problems = stacked_problems()
   alphas, steps = learned()

@@ -118,3 +118,27 @@ def test_beta_schedule():
   assert rounding.beta(1, num_steps=1, warmup=0.0) == 2
   warm = rounding.in_warmup(steps, num_steps=100)
   np.testing.assert_array_equal(warm, [True, False, False, False, False])
+
+
+@pytest.mark.parametrize("levels", [3, 16])
+def test_slopes_are_those_of_the_equations(levels):
+  values = np.random.default_rng(0).normal(size=(3, 30, 4)).astype(np.float32)
+  weights, alpha, direction = map(jnp.asarray, values)
+  fitted = grid.fit(weights, levels=levels)
+
+  def ours(alpha):
+    term = 0.3 * rounding.regularizer(alpha, beta=5.5)
+    return jnp.sum(direction * rounding.soft_weights(weights, alpha, fitted)) + term
+
+  def naive(alpha):
+    h = jnp.clip(1.2 / (1 + jnp.exp(-alpha)) - 0.1, 0, 1)
+    steps = jnp.floor(weights / fitted.scale) + h + fitted.zero_point
+    soft = (jnp.clip(steps, 0, levels - 1) - fitted.zero_point) * fitted.scale
+    return jnp.sum(direction * soft) + 0.3 * jnp.sum(1 - jnp.abs(2 * h - 1) ** 5.5)
+
+  for found, expected in zip(
+    *(jax.value_and_grad(f)(4 * alpha) for f in (ours, naive)), strict=True
+  ):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  middle = jax.grad(lambda a: rounding.regularizer(a, beta=2.0))(jnp.zeros(1))
+  assert np.isfinite(middle).all()  # h = 1/2, where the power is that of 0
