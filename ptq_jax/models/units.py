@@ -188,25 +188,36 @@ def _survey(hashable, tree, leaves) -> Survey:
   model, (variables, images) = hashable.module, tree.unflatten(leaves)
   found: dict[str, list[Layer | str]] = {}
   modules: dict[str, str] = {}
+  active: list[type] = []  # classes of the modules whose calls are running
+  changed: set[str] = set()  # layers whose kernel is not the one that they are given
   shapes = {path: np.shape(leaf) for path, leaf in trees.flatten(variables).items()}
 
   def note(module, path, inputs, outputs, options):
     found.setdefault(path, []).append(
       _describe(module, path, inputs.shape, outputs.shape, shapes, options)
     )
+    if any(issubclass(kind, nn.WeightNorm) for kind in active):
+      changed.add(path)
 
   def name(next_function, args, kwargs, context):
     modules[trees.join(context.module.path)] = type(context.module).__name__
     if isinstance(context.module, nn.Embed) and context.method_name == "attend":
       path = trees.join(context.module.path)
       found.setdefault(path, []).append("also read by attend()")
-    return next_function(*args, **kwargs)
+    active.append(type(context.module))
+    try:
+      return next_function(*args, **kwargs)
+    finally:
+      active.pop()
 
   with nn.intercept_methods(name), nn.intercept_methods(observer(note)):
     _run_abstractly(model, variables, images)
+  seen = changed | _seen(model, variables, images, found)
   layers, reasons = [], {}
   for path, described in found.items():
     reason = next((each for each in described if isinstance(each, str)), None)
+    if reason is None and path not in seen:
+      reason = HIDDEN
     first, *also = described
     if reason is None:
       layers.append(dataclasses.replace(first, also=tuple(also)))
@@ -218,6 +229,21 @@ def _survey(hashable, tree, leaves) -> Survey:
     because = f" ({'; '.join(why)})" if why else ""
     raise ValueError(f"{type(model).__name__} has no layer that can be quantized{because}.")
   return Survey(tuple(layers), tuple(_kept(layers, reasons, modules, shapes)))
+
+
+def _seen(model, variables, images, paths) -> set[str]:
+  """Of some layers those whose calls can be watched from outside; all, if the model resists."""
+
+  def sow(module, *_):
+    module.sow(OUTPUTS, "calls", 0)
+
+  try:
+    with nn.intercept_methods(observer(sow)):
+      _, sown = _run_abstractly(model, variables, images, mutable=[OUTPUTS])
+  except ValueError:  # nn.map_variables takes it for an initialisation
+    return set(paths)
+  flat = trees.flatten(sown)
+  return {path for path in paths if f"{OUTPUTS}/{path}/calls" in flat}
 
 
 def layers(
@@ -474,12 +500,12 @@ def _cut(modules, variables, images, all_layers, chosen) -> list[Unit]:
   return cut
 
 
-def _run_abstractly(model, variables, images):
-  """A forward pass on shapes, with misfits told in one sentence."""
+def _run_abstractly(model, variables, images, **options):
+  """What `call.apply` gives on shapes, with misfits told in one sentence."""
   shape = (NUM_IMAGES, *np.shape(images)[1:]) if np.ndim(images) else ()
   batch = jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(images.dtype))
   try:
-    jax.eval_shape(lambda v, x: call.apply(model, v, x), variables, batch)
+    return jax.eval_shape(lambda v, x: call.apply(model, v, x, **options), variables, batch)
   except (nn.module.errors.FlaxError, TypeError, IndexError, AssertionError) as error:
     reason = str(error).split(" (https://")[0] or type(error).__name__
     raise ValueError(
@@ -513,6 +539,7 @@ def _describe(module, path, inputs, outputs, shapes, options) -> Layer | str:
   return found if isinstance(found, str) else Layer(path, **geometry, **found)
 
 
+HIDDEN = "it runs in a loop or a map (nn.RNN, nn.scan, nn.vmap), where its inputs cannot be seen"
 LIFTED = "it is scanned or vmapped, or its kernel has another shape than that of such a layer"
 
 

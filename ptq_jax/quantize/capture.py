@@ -183,9 +183,11 @@ def check(
   for chosen in plans or ():
     plan.check(chosen, survey.layers)
   flat = trees.flatten(variables)
-  images_finite, *leaves_finite = _finite([images, *flat.values()])
+  images_finite, *leaves_finite = _finite(images, list(flat.values()))
   if not images_finite:
-    raise ValueError("calibration images hold NaN or infinite values.")
+    raise ValueError(
+      "calibration images hold NaN or infinite values, or such that are too large to be squared."
+    )
   for path, finite in zip(flat, leaves_finite, strict=True):
     if not finite:
       raise ValueError(f"{path!r} holds NaN or infinite values; was the model trained?")
@@ -245,14 +247,18 @@ def in_full_precision(kept: Sequence[Kept]) -> str:
 
 
 def _listed(kept):
-  return "; ".join(f"{k.path!r} {list(k.shape)}, {k.reason}" for k in kept)
+  reasons = dict.fromkeys(k.reason for k in kept)
+  alike = [[k for k in kept if k.reason == reason] for reason in reasons]
+  return "; ".join(
+    f"{', '.join(f'{k.path!r} {list(k.shape)}' for k in some)}, {some[0].reason}" for some in alike
+  )
 
 
 def _check_applied(model, variables, image, layers) -> None:
   """Raises ValueError for a layer that gives not its kernel times its inputs."""
   if jnp.issubdtype(image.dtype, jnp.floating):  # a black image would show nothing
     rng = np.random.default_rng(0)
-    spread = 0.1 * (np.std(np.asarray(image, np.float32)) or 1.0)
+    spread = 0.1 * (np.std(np.asarray(image, np.float64)) or 1.0)
     image = image + rng.normal(0, spread, image.shape).astype(image.dtype)
   try:
     with jax.default_matmul_precision("highest"):
@@ -263,6 +269,12 @@ def _check_applied(model, variables, image, layers) -> None:
       f"{type(model).__name__} cannot be quantized, for it does not run while its layers are "
       f"watched (nn.map_variables is a known reason): {reason}."
     ) from error
+  huge = [layer.path for layer in layers if np.isnan(found[layer.path][0])]
+  if huge:
+    raise ValueError(
+      f"the inputs or outputs of layer {huge[0]!r} are not finite or too large to be squared in "
+      "float32; are the calibration images normalised as in training?"
+    )
   wrong = [layer for layer in layers if not found[layer.path][0] <= found[layer.path][1]]
   if wrong:
     first, *more = wrong
@@ -276,7 +288,10 @@ def _check_applied(model, variables, image, layers) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mismatches(model, layers, variables, image):
-  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed."""
+  """Per layer path, how far outputs are from rows times kernel, relatively, and what is allowed.
+
+  NaN where these are too large for their squares.
+  """
   captured = calls(model.module, variables, image, layers)
   found = {}
   for layer in layers:
@@ -296,7 +311,8 @@ def _mismatches(model, layers, variables, image):
     dtypes = (leaf.dtype for leaf in (kernel, *one) if jnp.issubdtype(leaf.dtype, jnp.floating))
     coarsest = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     tolerance = 4 * coarsest if coarsest > 1e-4 else 100 * coarsest
-    found[layer.path] = jnp.sqrt(errors / jnp.maximum(sizes, 1e-30)), tolerance
+    sizes = jnp.where(jnp.isfinite(sizes), jnp.maximum(sizes, 1e-30), jnp.nan)
+    found[layer.path] = jnp.sqrt(errors / sizes), tolerance
   return found
 
 
@@ -314,5 +330,7 @@ def over_calls(function, layer: Layer, captured: Sequence[Call]) -> PyTree:
 
 
 @jax.jit
-def _finite(arrays):
-  return [jnp.isfinite(array).all() for array in arrays]
+def _finite(images, leaves):
+  """Whether the sum of the images' squares is finite, and of each leaf whether all of it is."""
+  wide = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+  return [jnp.isfinite(jnp.sum(wide**2)), *(jnp.isfinite(leaf).all() for leaf in leaves)]

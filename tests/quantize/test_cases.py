@@ -112,6 +112,35 @@ def test_a_normalised_kernel_is_refused_by_name(wrapper):
   assert jax.tree.structure(result) == jax.tree.structure(variables)
 
 
+def test_layers_in_a_loop_stay_in_full_precision():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+      rows = nn.RNN(nn.SimpleCell(4), name="loop")(images.mean(-1))
+      column = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})
+      return nn.Dense(3, name="head")(column(4, name="column")(rows).mean(1))
+
+  variables = fresh.variables(Model(), IMAGES)
+  kernels = {"SimpleCell_0/i": [8, 4], "SimpleCell_0/h": [4, 4], "column": [4, 4]}
+  with pytest.warns(UserWarning, match="stay in full precision") as told:
+    result, info = quantized("nearest", Model(), variables)
+  assert [record.name for record in info if record.grids[record.name].levels] == ["head"]
+  for path, shape in kernels.items():
+    assert f"'{path}/kernel' {shape}" in str(told[0].message)
+    kernel = f"params/{path}/kernel"
+    np.testing.assert_array_equal(trees.get(result, kernel), trees.get(variables, kernel))
+  assert str(told[0].message).count("it runs in a loop or a map") == 1
+
+
+def test_numbers_too_large_to_be_squared_are_refused():
+  model, variables = around(nn.Conv, **CONV)
+  huge = jax.tree.map(lambda leaf: 1e20 * leaf, variables)
+  with pytest.raises(ValueError, match="'plain' are not finite or too large to be squared"):
+    quantized("nearest", model, huge)
+  with pytest.raises(ValueError, match="too large to be squared"):
+    quantized("nearest", model, variables, IMAGES.at[3].multiply(1e20))
+
+
 def test_variables_that_are_mapped_are_refused_in_one_sentence():
   class Model(nn.Module):
     @nn.compact
