@@ -27,7 +27,7 @@ def random_variables(model: nn.Module, examples: Shaped[np.ndarray, "n ..."]) ->
   Not fresh ones, which may be normalised already, and whose draws take long to compile.
   """
   rng = np.random.default_rng(0)
-  found = dict(_statistics(call.Hashable(model), examples[:1]))
+  found = jax.tree.map(_moved, dict(_statistics(call.Hashable(model), examples[:1])))
   shapes = jax.eval_shape(functools.partial(call.init, model), jax.random.key(0), examples[:1])
 
   def draw(leaf):
@@ -38,6 +38,11 @@ def random_variables(model: nn.Module, examples: Shaped[np.ndarray, "n ..."]) ->
     return values.astype(leaf.dtype)
 
   return {**found, "params": jax.tree.map(draw, shapes["params"])}
+
+
+def _moved(leaf):
+  """A statistic that is no longer what it begins with, often a neutral 1."""
+  return leaf * 1.5 if np.issubdtype(leaf.dtype, np.floating) else leaf
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,11 +2,14 @@
 
 `adapt` wraps an nnx model, or a factory of one. Its `nnx.Param`s are the collection "params" and
 its `nnx.BatchStat`s "batch_stats", by the path of attributes ("blocks/0/conv"). Linear, Conv,
-LinearGeneral, Embed, BatchNorm and Dropout run as their Linen counterparts on these variables,
-which is how layers are found and observed; everything else runs as it is.
+ConvTranspose, LinearGeneral, Einsum, Embed, BatchNorm and Dropout run as their Linen counterparts
+on these variables, which is how layers are found and observed; everything else runs as it is, and
+so do these within `nnx.scan`, `nnx.vmap` and other transforms, or with options that Linen lacks.
+In training, streams of random numbers start from the step's key.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import tracers
 
 from ptq_jax import trees
 from ptq_jax.base import PyTree, Variables
@@ -44,19 +48,54 @@ class FromNNX(nn.Module):
       graph, *states, rest = _split(self.make(jax.random.key(0)))
     flat = trees.flatten(self.variables)
     states = [
-      _filled(state, {p: flat[trees.join([name, *trees.names(p)])] for p in _paths(state)})
+      _filled(state, lambda path, _, name=name: flat[trees.join([name, *path])])
       for name, state in zip(COLLECTIONS, states, strict=True)
     ]
+    rest = _filled(rest, lambda _, variable: variable[...])  # may be changed where it was made only
     model = nnx.merge(graph, *states, rest)
     model.train() if train else model.eval()
-    for path, module in list(nnx.iter_graph(model)):
+    parts = [(tuple(map(str, path)), part) for path, part in nnx.iter_graph(model)]
+    if train and self.has_rng("dropout") and any(isinstance(p, nnx.RngStream) for _, p in parts):
+      key = self.make_rng("dropout")
+      for number, (_, part) in enumerate(parts):
+        if isinstance(part, nnx.RngStream):
+          part.key[...] = jax.random.fold_in(key, number)
+    before = {path: part[...] for path, part in parts if isinstance(part, nnx.Variable)}
+    trace = tracers.current_trace()
+    for path, module in parts:
       kind = LINEN.get(type(module))
-      if kind is not None:
+      if kind is not None and kind[1].fits(module):
         subclass, counterpart = kind
         object.__setattr__(module, "__class__", subclass)
-        scope = _scope(self.scope, [str(part) for part in path])
+        scope = _scope(self.scope, path)
         object.__setattr__(module, "as_linen", functools.partial(counterpart, scope=scope))
-    return model(images, **call.mode(model, train=train))
+        object.__setattr__(module, "trace", trace)
+    outputs = model(images, **call.mode(model, train=train))
+    for path, part in parts:
+      if path in before and part[...] is not before[path]:
+        self._keep(path, part, train)
+    return outputs
+
+  def _keep(self, path, variable, train):
+    """Takes over what the model itself has changed.
+
+    Raises:
+      ValueError: for weights; in training for all but batch statistics and random numbers.
+    """
+    *owners, name = path
+    if isinstance(variable, nnx.Param):
+      raise ValueError(
+        f"the model itself changes its weights {trees.join(path)!r} when it is called, as "
+        "nnx.SpectralNorm does; such a model is not supported."
+      )
+    if isinstance(variable, nnx.BatchStat):
+      if self.is_mutable_collection("batch_stats"):
+        _scope(self.scope, owners).put_variable("batch_stats", name, variable[...])
+    elif train and not isinstance(variable, nnx.RngState | nnx.Intermediate):
+      raise ValueError(
+        f"the model itself changes {trees.join(path)!r} in training, which would be lost, for it "
+        f"is of nnx's kind {type(variable).__name__}; make it an nnx.BatchStat."
+      )
 
 
 def adapt(model: nnx.Module | Callable[..., nnx.Module], **options: Any) -> FromNNX:
@@ -119,14 +158,10 @@ def _split(model):
   return nnx.split(model, *COLLECTIONS.values(), ...)
 
 
-def _paths(state) -> list[str]:
-  return [trees.join(path) for path, _ in nnx.to_flat_state(state)]
-
-
-def _filled(state, values):
-  """A state with other values, by path."""
+def _filled(state, value_of):
+  """A state of new variables with the values `value_of(path, variable)`."""
   flat = nnx.to_flat_state(state)
-  return nnx.from_flat_state([(path, v.replace(values[trees.join(path)])) for path, v in flat])
+  return nnx.from_flat_state([(path, v.replace(value_of(path, v))) for path, v in flat])
 
 
 def _scope(scope, names):
@@ -136,69 +171,108 @@ def _scope(scope, names):
 
 
 def _observed(kind):
-  """A subclass that runs as its Linen counterpart."""
+  """A subclass that runs as its Linen counterpart, but within a transform as it is."""
 
   def run(self, inputs, *args, out_sharding=None, **kwargs):
     del out_sharding  # of no use within one device
+    if tracers.current_trace() != self.trace:
+      return kind.__call__(self, inputs, *args, **kwargs)
     return self.as_linen(self, inputs, *args, **kwargs)
 
   return type(kind.__name__, (kind,), {"__call__": run})
 
 
-def _options(module, *names) -> dict[str, Any]:
-  return {name: getattr(module, name) for name in names}
+class _Counterpart(NamedTuple):
+  """How a kind of nnx module runs in Linen."""
+
+  run: Callable[..., Any]
+  """Of the module, its inputs, Linen's options and what else it is called with."""
+  options: tuple[str, ...]
+  """Attributes of the module that Linen gets under the same name."""
+
+  def __call__(self, module, inputs, *args, scope, **kwargs):
+    options = {name: getattr(module, name) for name in self.options}
+    return self.run(module, inputs, options | {"parent": scope}, *args, **kwargs)
+
+  def fits(self, module) -> bool:
+    """Whether whatever else the module could be made with is as usual."""
+    parameters = inspect.signature(type(module).__init__).parameters
+    return all(
+      getattr(module, name, given.default) == given.default
+      for name, given in parameters.items()
+      if given.default is not given.empty and name not in {*self.options, *HANDLED}
+    )
 
 
-def _linear(module, inputs, *, scope):
-  shared = _options(module, "dtype", "param_dtype", "precision", "dot_general")
-  return nn.Dense(module.out_features, module.use_bias, **shared, parent=scope)(inputs)
+HANDLED = ("use_running_average", "deterministic", "rngs", "batch_axis", "bias_shape")
+"""Options of nnx modules that a `_Counterpart` looks at by itself."""
 
 
-def _conv(module, inputs, *, scope):
-  shared = _options(
-    module, "kernel_size", "strides", "padding", "input_dilation", "kernel_dilation",
-    "feature_group_count", "use_bias", "mask", "dtype", "param_dtype", "precision",
-    "conv_general_dilated",
-  )  # fmt: skip
-  return nn.Conv(module.out_features, **shared, parent=scope)(inputs)
+def _linear(module, inputs, options):
+  return nn.Dense(module.out_features, **options)(inputs)
 
 
-def _linear_general(module, inputs, *, scope):
-  shared = _options(module, "axis", "use_bias", "dtype", "param_dtype", "precision")
+def _conv(module, inputs, options):
+  return nn.Conv(module.out_features, module.kernel_size, **options)(inputs)
+
+
+def _conv_transpose(module, inputs, options):
+  return nn.ConvTranspose(module.out_features, module.kernel_size, **options)(inputs)
+
+
+def _linear_general(module, inputs, options):
   batch = tuple(module.batch_axis)
-  return nn.DenseGeneral(module.out_features, batch_dims=batch, **shared, parent=scope)(inputs)
+  return nn.DenseGeneral(module.out_features, batch_dims=batch, **options)(inputs)
 
 
-def _embed(module, inputs, *, scope):
-  shared = _options(module, "num_embeddings", "features", "dtype", "param_dtype")
-  return nn.Embed(**shared, parent=scope)(inputs)
+def _einsum(module, inputs, options, einsum_str=None):
+  equation = module.einsum_str if einsum_str is None else einsum_str
+  return nn.Einsum(
+    module.kernel_shape, equation, use_bias=module.bias_shape is not None, **options
+  )(inputs)
 
 
-def _batchnorm(module, x, *, scope, use_running_average=None, mask=None):
+def _embed(module, inputs, options):
+  return nn.Embed(module.num_embeddings, module.features, **options)(inputs)
+
+
+def _batchnorm(module, x, options, use_running_average=None, mask=None):
   if use_running_average is None:
     use_running_average = module.use_running_average
-  shared = _options(
-    module, "axis", "momentum", "epsilon", "dtype", "param_dtype", "use_bias", "use_scale"
-  )
-  return nn.BatchNorm(use_running_average, **shared, parent=scope)(x, mask=mask)
+  return nn.BatchNorm(use_running_average, **options)(x, mask=mask)
 
 
-def _dropout(module, inputs, *, scope, deterministic=None, rngs=None):
+def _dropout(module, inputs, options, deterministic=None, rngs=None):
   del rngs
   if deterministic is None:
     deterministic = module.deterministic
-  return nn.Dropout(module.rate, module.broadcast_dims, deterministic, parent=scope)(inputs)
+  return nn.Dropout(module.rate, deterministic=deterministic, **options)(inputs)
 
+
+_TYPES = ("dtype", "param_dtype")
+_LAYER = ("use_bias", "precision", *_TYPES)
+_CONV = (*_LAYER, "strides", "padding", "kernel_dilation", "input_dilation",
+         "feature_group_count", "mask", "conv_general_dilated")  # fmt: skip
 
 LINEN = {
-  kind: (_observed(kind), counterpart)
-  for kind, counterpart in (
-    (nnx.Linear, _linear),
-    (nnx.Conv, _conv),
-    (nnx.LinearGeneral, _linear_general),
-    (nnx.Embed, _embed),
-    (nnx.BatchNorm, _batchnorm),
-    (nnx.Dropout, _dropout),
+  kind: (_observed(kind), _Counterpart(run, options))
+  for kind, run, options in (
+    (nnx.Linear, _linear, (*_LAYER, "dot_general")),
+    (nnx.Conv, _conv, _CONV),
+    (
+      nnx.ConvTranspose,
+      _conv_transpose,
+      (*_LAYER, "strides", "padding", "kernel_dilation", "mask", "transpose_kernel"),
+    ),
+    (nnx.LinearGeneral, _linear_general, (*_LAYER, "axis")),
+    (nnx.Einsum, _einsum, ("precision", *_TYPES)),
+    (nnx.Embed, _embed, _TYPES),
+    (
+      nnx.BatchNorm,
+      _batchnorm,
+      (*_TYPES, "axis", "momentum", "epsilon", "use_bias", "use_scale", "use_fast_variance"),
+    ),
+    (nnx.Dropout, _dropout, ("broadcast_dims", "rng_collection")),
   )
 }
 """By kind of nnx module, the class that takes its place and how it runs in Linen."""

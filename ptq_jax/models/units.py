@@ -678,7 +678,7 @@ def _kept(layers, reasons, modules, shapes) -> Iterator[Kept]:
     elif module in modules:
       reason = f"it is a parameter of {modules[module]}, not of a layer"
     else:
-      reason = "no Linen module of this name runs"
+      reason = "no layer that is known runs under this name"
     yield Kept(trees.join([*owner, leaf]), shape, reason)
 
 

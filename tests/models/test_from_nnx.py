@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ptq_jax import models, trees
+from ptq_jax import models, quantize, trees
 from ptq_jax.data import augment
 from ptq_jax.models import call, from_nnx, units
 from ptq_jax.quantize import METHODS, adaround, brecq
@@ -104,3 +104,97 @@ def test_a_factory_trains_as_any_model():
   head = before["params"]["head"]["kernel"]
   assert (head[0] != head[1]).any()
   assert models.make(f"{__name__}:Net", num_classes=3) == model
+
+
+class Changing(nnx.Module):
+  """A model that changes something of its own in training."""
+
+  def __init__(self, own, *, rngs):
+    self.head = nnx.Linear(1, 3, rngs=rngs)
+    self.own, self.rngs = own(jnp.ones((1, 3))), rngs
+
+  def __call__(self, x, train: bool = False):
+    logits = self.head(x.mean(axis=(1, 2)))
+    if train:
+      self.own[...] = 0.9 * self.own[...] + 0.1 * logits.mean(axis=0, keepdims=True)
+      logits += jax.random.normal(self.rngs.noise(), (1, 3))
+    return logits - self.own[...]
+
+
+class Counter(nnx.Variable):
+  pass
+
+
+def trained(model, variables, key=0):
+  options = {"mutable": ["batch_stats"], "rngs": call.rngs(jax.random.key(key))}
+  return call.apply(model, variables, IMAGES, train=True, **options)
+
+
+def test_statistics_of_its_own_are_kept_and_random_numbers_are_new_in_every_step():
+  model = from_nnx.adapt(Changing, own=nnx.BatchStat)
+  variables = call.init(model, jax.random.key(0), IMAGES)
+  logits = call.apply(model, variables, IMAGES) + 1
+  first, changed = trained(model, variables)
+  expected = 0.9 + 0.1 * logits.mean(axis=0, keepdims=True)
+  np.testing.assert_allclose(changed["batch_stats"]["own"], expected, rtol=1e-5)
+  second, _ = trained(model, variables, key=1)
+  noise = [np.asarray(each - (logits - expected)) for each in (first, second)]
+  for each in noise:
+    np.testing.assert_allclose(each, np.broadcast_to(each[0], each.shape), atol=1e-5)
+  assert np.abs(noise[0] - noise[1]).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("own", "message"),
+  [(Counter, "'own' in training, .* kind Counter; make it"), (nnx.Param, "its weights 'own' when")],
+)
+def test_what_training_would_lose_is_refused(own, message):
+  model = from_nnx.adapt(Changing, own=own)
+  variables = call.init(model, jax.random.key(0), IMAGES)
+  with pytest.raises(ValueError, match=message):
+    trained(model, variables)
+
+
+def doubled(*args, **kwargs):
+  return 2 * jax.lax.dot_general(*args, **kwargs)
+
+
+class Odd(nnx.Module):
+  def __init__(self, *, rngs):
+    self.up = nnx.ConvTranspose(1, 4, (2, 2), strides=2, rngs=rngs)
+    self.mix = nnx.Einsum("nlc,cd->nld", (4, 4), (4,), rngs=rngs)
+    self.loop = nnx.RNN(nnx.SimpleCell(4, 4, rngs=rngs))
+    self.twice = nnx.LinearGeneral(4, 4, dot_general=doubled, rngs=rngs)
+    self.head = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.mix(self.up(x).reshape(len(x), -1, 4))
+    return self.head(nnx.relu(self.twice(self.loop(x)[:, -1])))
+
+
+def test_what_linen_lacks_runs_as_it_is_and_stays_in_full_precision():
+  net = Odd(rngs=nnx.Rngs(0))
+  model, variables = from_nnx.adapt(net), from_nnx.variables_of(nnx.state(net))
+  expected = net(IMAGES)
+  np.testing.assert_allclose(call.apply(model, variables, IMAGES), expected, rtol=1e-4, atol=1e-6)
+  survey = units.survey(model, variables, IMAGES)
+  assert [layer.path for layer in survey.layers] == ["up", "mix", "head"]
+  kept = ["loop/cell/dense_h/kernel", "loop/cell/dense_i/kernel", "twice/kernel"]
+  assert sorted(each.path for each in survey.kept) == kept
+  with pytest.warns(UserWarning, match="'twice/kernel'"):
+    _, info = METHODS["nearest"].quantize_params(
+      jax.random.key(0), net, nnx.state(net), IMAGES, levels=4
+    )
+  assert [record.name for record in info] == ["up", "mix", "head", *kept]
+
+
+def test_a_normalised_kernel_is_refused_before_training():
+  class Normalised(nnx.Module):
+    def __init__(self, *, rngs):
+      self.odd = nnx.SpectralNorm(nnx.Linear(1, 3, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x, train: bool = False):
+      return self.odd(x.mean(axis=(1, 2)), update_stats=train)
+
+  with pytest.raises(ValueError, match="changes its weights 'odd/layer_instance/kernel'"):
+    quantize.check_model(from_nnx.adapt(Normalised), image_shape=(8, 8, 1))
