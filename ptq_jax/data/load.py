@@ -151,10 +151,10 @@ def load(
 
 
 def from_arrays(
-  x_train: Shaped[np.ndarray, "N ..."],
-  y_train: Int[np.ndarray, "N"],
-  x_test: Shaped[np.ndarray, "T ..."],
-  y_test: Int[np.ndarray, "T"],
+  x_train: Any,
+  y_train: Any,
+  x_test: Any,
+  y_test: Any,
   *,
   class_names: Sequence[str] | None = None,
   pool_size: int | None = None,
@@ -166,8 +166,9 @@ def from_arrays(
   """The same from arrays at hand.
 
   Args:
-    x_train, x_test: images, vectors or token ids, see `inputs`.
-    y_train, y_test: labels from 0 on.
+    x_train, x_test: images, vectors or token ids [N, ...], see `inputs`: arrays, tables with the
+      same columns, or what else `numpy.asarray` takes.
+    y_train, y_test: labels [N] from 0 on, likewise.
     class_names: by label; None: the labels themselves.
     pool_size, test_size, image_size, seed: as in `load`.
     **where: its other arguments, all None: arrays are nowhere.
@@ -176,6 +177,12 @@ def from_arrays(
   """
   _require_used("arrays", where, (), image_size)
   names = ("x_train", "y_train", "x_test", "y_test")
+  named = [list(x.columns) for x in (x_train, x_test) if hasattr(x, "columns")]
+  if len(named) == 2 and named[0] != named[1]:
+    raise ValueError(
+      f"the columns of x_test are {named[1]}, those of x_train {named[0]}; give both tables the "
+      "same ones in the same order."
+    )
   whole = splits.checked(
     *map(_as_array, (x_train, y_train, x_test, y_test), names),
     class_names=None if class_names is None else tuple(map(str, class_names)),

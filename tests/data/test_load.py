@@ -7,6 +7,7 @@ import zipfile
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ptq_jax.data import load
@@ -270,6 +271,15 @@ def test_classes_without_examples_are_said(labels, said):
   test = labels[[0, 1, 4, 5]] if len(said) == 1 else labels
   found = load.from_arrays(images, labels, images[: len(test)], test)
   assert list(found.notes) == said
+
+
+def test_tables_with_their_columns_in_another_order_are_refused():
+  train = pd.DataFrame({"age": [0.0, 1, 2, 3], "income": [5.0, 6, 7, 8]})
+  labels = np.array([0, 1, 0, 1])
+  loaded = load.from_arrays(train, labels, train + 1, labels)
+  np.testing.assert_array_equal(loaded.test_images, train.to_numpy() + 1)
+  with pytest.raises(ValueError, match=r"columns of x_test are \['income', 'age'\]"):
+    load.from_arrays(train, labels, train[["income", "age"]], labels)
 
 
 def test_what_is_no_array_is_named():
