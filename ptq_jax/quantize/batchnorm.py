@@ -37,8 +37,8 @@ def estimate(
   batches' means and mean squares are averaged. What a batch gave follows from the update of
   running statistics that were 0, and the momentum of the module. Statistics of a layer that sees a
   single value per channel (one image, no pixels), or the same one for all images, have no variance:
-  they stay, with a warning. So does whatever else "batch_stats" holds. Variables without
-  "batch_stats" come back as they are.
+  they stay, with a warning. So does, with one too, whatever else "batch_stats" holds. Variables
+  without "batch_stats" come back as they are.
 
   Args:
     key: for dropout, should the model have some.
@@ -49,6 +49,15 @@ def estimate(
   if not variables.get("batch_stats"):
     return variables
   norms = _norms(model, variables, images)
+  owners = [path.split("/", 1)[1].rpartition("/")[0] for path in trees.flatten(variables)
+            if path.startswith("batch_stats/")]  # fmt: skip
+  others = list(dict.fromkeys(owner for owner in owners if owner not in norms))
+  if others:
+    warnings.warn(
+      f"the statistics of {', '.join(map(repr, others))} are not those of an nn.BatchNorm; they "
+      "stay as they were in full precision.",
+      stacklevel=2,
+    )
   single = [path for path, (_, values) in norms.items() if values < 2]
   if single:
     warnings.warn(

@@ -87,6 +87,28 @@ def test_without_statistics_nothing_happens(key, images):
   assert batchnorm.estimate(key, nn.Dense(2), variables, images) is variables
 
 
+def test_statistics_of_others_stay_and_are_named(key, images):
+  class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      mean = self.variable("batch_stats", "average", jnp.zeros, x.shape[-1:])
+      if train:
+        mean.value = x.mean(axis=0)
+      return nn.BatchNorm(not train, name="norm")(x - jnp.broadcast_to(mean.value, x.shape))
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      return nn.Dense(2, name="dense")(Own(name="own")(x, train))
+
+  variables = Model().init(key, images)
+  with pytest.warns(UserWarning, match="the statistics of 'own' are not those of an nn.BatchNorm"):
+    found = batchnorm.estimate(key, Model(), variables, images)
+  statistics = found["batch_stats"]["own"]
+  np.testing.assert_array_equal(statistics["average"], np.zeros(4))
+  assert np.abs(statistics["norm"]["var"] - 1).min() > 0.1
+
+
 def test_stacked_changes_only_the_plans_asked_for(variables, images):
   keys = jax.random.split(jax.random.key(0))
   stacked = trees.stack([trees.stack([variables] * 2)] * 2)
