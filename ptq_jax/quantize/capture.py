@@ -172,10 +172,15 @@ def check(
     plans: None: all layers are checked.
     strict: refuse a model with weights that stay in full precision; otherwise they are warned of.
   Raises:
-    ValueError: no image; a model axis that differs; images in bytes; shapes that the model does not
-      take; values that are not finite; a plan that does not fit; a layer whose output is not its
-      kernel's.
+    ValueError: inside of jit or vmap; no image; a model axis that differs; images in bytes; shapes
+      that the model does not take; values that are not finite; a plan that does not fit; a layer
+      whose output is not its kernel's.
   """
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((variables, images))):
+    raise ValueError(
+      "quantizers compile programs of their own and cannot run inside jax.jit, vmap or grad; call "
+      "them outside (quantize_stacked takes many models at once)."
+    )
   _check_images(variables, images)
   one, example = one_of(variables, images)
   survey = units.survey(model, one, example)

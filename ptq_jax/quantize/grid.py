@@ -157,7 +157,7 @@ def check_levels(levels: Any) -> None:
   number = values.dtype.kind in "iuf"
   if not number or not ((values % 1 == 0) & (values >= MIN_LEVELS) & (values <= MAX_LEVELS)).all():
     raise ValueError(
-      f"levels must be a whole number from {MIN_LEVELS} to {MAX_LEVELS}, got {levels}."
+      f"levels must be a whole number from {MIN_LEVELS} to {MAX_LEVELS}, got {levels!r}."
     )
 
 

@@ -238,8 +238,13 @@ def for_one_model(quantize_stacked: Callable[..., Any]) -> Callable[..., Any]:
       option_values.check(method, options)
     if isinstance(model, nnx.Module):
       state, model, variables = variables, from_nnx.adapt(model), from_nnx.variables_of(variables)
-    else:
+    elif "params" in variables:
       state = None
+    else:
+      raise ValueError(
+        f'variables have no collection "params" but {list(variables)}; give what model.init gives, '
+        'as in {"params": params}.'
+      )
     stacked, images = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (variables, images))
     for name in PER_MODEL:
       if options.get(name) is not None and not (name == "labels" and np.ndim(options[name]) == 2):

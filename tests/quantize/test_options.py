@@ -1,5 +1,7 @@
 """What is no argument of a method is refused in a sentence before anything is computed."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -18,6 +20,10 @@ GIVEN = {"key": jax.random.key(0), "model": MODEL, "variables": {}, "images": IM
     ({"key": 0}, "key is of the type int; give one of jax.random.key"),
     ({"model": nn.Dense}, "model is of the type type; give a flax.linen.Module"),
     ({"variables": None}, "variables is of the type NoneType; give what model.init gives"),
+    (
+      {"variables": {"kernel": 1}},
+      r'no collection "params" but \[.kernel.\]; give what model.init',
+    ),
     ({"images": [1, 2]}, "images is of the type list; give an array"),
     ({"damping": -1.0}, "^damping is -1.0; it must be at least 0"),
     ({"block_size": 1.5}, "^block_size is 1.5; it must be a whole number of at least 1, or None"),
@@ -46,6 +52,13 @@ def test_what_a_layer_or_a_grid_cannot_be_given(changes, sentence):
   arguments = (GIVEN | {"variables": variables}).values()
   with unchecked(), pytest.raises(ValueError, match=sentence):
     METHODS["nearest"].quantize_params(*arguments, **{"levels": 3, **changes})
+
+
+def test_inside_of_jit_is_a_sentence():
+  variables = MODEL.init(jax.random.key(0), IMAGES)
+  run = functools.partial(METHODS["nearest"].quantize_params, jax.random.key(0), MODEL, levels=3)
+  with pytest.raises(ValueError, match=r"cannot run inside jax.jit, vmap or grad"):
+    jax.jit(lambda v: run(v, IMAGES)[0])(variables)
 
 
 def test_numbers_may_be_of_numpy_and_jax():
