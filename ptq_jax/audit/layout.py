@@ -301,30 +301,17 @@ class Audit:
       say(f"{problem.rstrip('.')}; computing it anew.")
     return problem is not None
 
-  @functools.cached_property
+  @property
   def _predictors(self):
     """Scores and correctness on the fixed views of the pool, and correctness on test images."""
-    mean, std = jnp.asarray(self.dataset.mean), jnp.asarray(self.dataset.std)
-    queries, key = self.config.queries, self.key("queries")
-    augmentation = augment.make(tuple(queries.augmentation))
-
-    def views(images, positions):
-      augmented = augment.views(
-        key, images, positions, num_views=queries.views, augment=augmentation
-      )
-      return augment.normalise(augmented, mean, std)
-
-    def plain(images, positions):
-      del positions
-      return augment.normalise(images[None], mean, std)
-
-    def score_and_correct(logits, labels):
-      pair = confidence.logit_scaled(logits, labels), predict.is_correct(logits, labels)
-      return jnp.stack(pair, axis=-1)
-
-    return (
-      predict.Predictor(self.model, prepare=views, reduce=score_and_correct),
-      predict.Predictor(self.model, prepare=plain, reduce=predict.is_correct),
+    queries, recipe = self.config.queries, self.recipe
+    return _predictors(
+      call.Hashable(self.model),
+      recipe.mean,
+      recipe.std,
+      self.config.seed,
+      queries.views,
+      tuple(queries.augmentation),
     )
 
   def save_scores(
@@ -519,6 +506,29 @@ class Manifest:
         if isinstance(entry, dict) and isinstance(entry.get("files"), dict) and "source" in entry
       }
     return {}
+
+
+@functools.lru_cache(maxsize=1)
+def _predictors(model, mean, std, seed, num_views, augmentation):
+  """Of all audits in this process that differ in nothing of this, so that they share programs."""
+  key, augmentation = work.key(seed, "queries"), augment.make(augmentation)
+
+  def views(images, positions):
+    augmented = augment.views(key, images, positions, num_views=num_views, augment=augmentation)
+    return augment.normalise(augmented, jnp.array(mean), jnp.array(std))
+
+  def plain(images, positions):
+    del positions
+    return augment.normalise(images[None], jnp.array(mean), jnp.array(std))
+
+  def score_and_correct(logits, labels):
+    pair = confidence.logit_scaled(logits, labels), predict.is_correct(logits, labels)
+    return jnp.stack(pair, axis=-1)
+
+  return (
+    predict.Predictor(model.module, prepare=views, reduce=score_and_correct),
+    predict.Predictor(model.module, prepare=plain, reduce=predict.is_correct),
+  )
 
 
 def make_optimizer(train: settings.Config, *, steps_per_epoch: int):

@@ -161,26 +161,30 @@ def drawn_images(
   quantize, data = audit.config.quantize, audit.dataset
   rows = audit.members[chunk.group][chunk.first : chunk.last]
   eligible = {"members": rows, "non_members": ~rows, "all": np.ones_like(rows)}[whom]
-  augmentation = augment.make(tuple(quantize.calibration_augmentation))
-  mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
-
-  @jax.jit
-  def draw(key, row, images):
-    choose, alter = jax.random.split(key)
-    order = jax.random.permutation(choose, len(row))
-    first = jnp.argsort(~row[order], stable=True)[:count]
-    positions = order[first]
-    keys = jax.random.split(alter, count)
-    chosen = jax.vmap(augmentation)(keys, images[positions])
-    return positions, augment.normalise(chosen, mean, std)
-
+  settled = {
+    "count": count,
+    "augmentation": augment.make(tuple(quantize.calibration_augmentation)),
+    "mean": audit.recipe.mean,
+    "std": audit.recipe.std,
+  }
   key, images = group_key(audit, chunk, stream), jnp.asarray(data.train_images)
   drawn = [
-    draw(jax.random.fold_in(key, number), jnp.asarray(row), images)
+    _draw(jax.random.fold_in(key, number), jnp.asarray(row), images, **settled)
     for number, row in zip(chunk.ids, eligible, strict=True)
   ]
   positions, pixels = zip(*drawn, strict=True)
   return np.stack(positions), jnp.stack(pixels)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "augmentation", "mean", "std"))
+def _draw(key, row, images, *, count, augmentation, mean, std):
+  choose, alter = jax.random.split(key)
+  order = jax.random.permutation(choose, len(row))
+  first = jnp.argsort(~row[order], stable=True)[:count]
+  positions = order[first]
+  keys = jax.random.split(alter, count)
+  chosen = jax.vmap(augmentation)(keys, images[positions])
+  return positions, augment.normalise(chosen, jnp.array(mean), jnp.array(std))
 
 
 def group_key(audit: Audit, chunk: Chunk, stream: str) -> jax.Array:

@@ -59,11 +59,16 @@ def model_keys(key: Key, model_ids: Int[Array, "M"]) -> Keys:
 
 def init(keys: Keys, recipe: fit.Recipe, *, image_shape: tuple[int, ...]) -> fit.State:
   """Fresh states of a chunk, stacked."""
-  one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
   options = None
   if jax.default_backend() == "cpu":  # drawing numbers takes 20 times as long to compile otherwise
     options = {"xla_backend_optimization_level": 0}
-  return jax.jit(jax.vmap(one), compiler_options=options)(keys)
+  run = jax.jit(_init, static_argnames=("recipe", "image_shape"), compiler_options=options)
+  return run(keys, recipe=recipe, image_shape=image_shape)
+
+
+def _init(keys, recipe, image_shape):
+  one = functools.partial(fit.init, recipe=recipe, image_shape=image_shape)
+  return jax.vmap(one)(keys)
 
 
 MOST_STEPS = 50
