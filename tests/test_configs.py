@@ -2,21 +2,21 @@
 
 import itertools
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from launch import audit as launcher
 from launch import flags, sweep
 from ptq_jax import audit, models, settings, storage, trees
 from ptq_jax.attack import protocol as protocols
-from ptq_jax.audit import preflight
+from ptq_jax.audit import preflight, work
 from ptq_jax.audit.layout import Audit
 from ptq_jax.data import augment
 from ptq_jax.quantize import METHODS, adaround, brecq
 from ptq_jax.report import records
 from ptq_jax.train import optimizer
+from tests.audit.conftest import unchecked
 from tests.data import pictures
 from tests.data import test_tfds_sets as made
 
@@ -200,20 +200,15 @@ def test_the_smoke_protocol_opens_cifar10_as_tensorflow_datasets_prepares_it(cif
   ]
 
 
-def test_an_unprepared_set_is_one_sentence_and_code_2(tmp_path):
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "launch.audit", "--config=configs/cifar10.py:protocol=smoke"),
-      *(f"--config.data.data_dir={tmp_path}", f"--workdir={tmp_path}/audit"),
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == flags.USER_ERROR
-  assert done.stderr.startswith("error: the dataset 'cifar10' is not prepared in")
-  assert "download_and_prepare" in done.stderr
-  assert len(done.stderr.splitlines()) == 1
+def test_an_unprepared_set_is_one_sentence(tmp_path):
+  config = load("cifar10", "smoke")
+  config.data.data_dir = str(tmp_path)
+  with pytest.raises(flags.USER_ERRORS) as caught:
+    launcher.run(config, tmp_path / "audit", shard=work.WHOLE)
+  sentence = str(caught.value)
+  assert sentence.startswith("the dataset 'cifar10' is not prepared in")
+  assert "download_and_prepare" in sentence
+  assert len(sentence.splitlines()) == 1
 
 
 def test_the_paper_s_protocol_runs(cifar10, tmp_path):
@@ -235,7 +230,8 @@ def test_the_paper_s_protocol_runs(cifar10, tmp_path):
       "quantize.obc.calibration_size": "8",
     },
   )
-  audit.run(config, workdir=tmp_path)
+  with unchecked():
+    audit.run(config, workdir=tmp_path)
   members = storage.load_arrays(tmp_path / "membership.npz")["targets"]
   calibration = storage.load_arrays(next(tmp_path.glob("scores/obc-3-256/targets-*.npz")))
   assert calibration["calibration"].shape == (2, 8)
@@ -243,6 +239,7 @@ def test_the_paper_s_protocol_runs(cifar10, tmp_path):
   found = storage.read_records(tmp_path / "results.jsonl")
   records.validate_all(found)
   assert found[0]["data"]["image_shape"] == [8, 8, 3]
+  assert found[0]["protocol"] == "dedicated targets"
   found = records.select(found, "leakage")
   assert {record["num_targets"] for record in found} == {2}
   assert {record["attack"] for record in found} == set(config.attack.attacks)

@@ -1,18 +1,10 @@
 """What a user types, and what a launcher answers."""
 
-import itertools
-import json
-import pathlib
 import signal
-import subprocess
-import sys
-from typing import NamedTuple
 
 import pytest
 
 from launch import attack, flags
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 from launch import flags
@@ -21,61 +13,6 @@ def run(config, workdir, **_):
   raise {error}
 flags.launch(run, config={config!r}, description="Says hello.")
 """
-
-
-SERVER = """
-import json, os, sys
-from launch import flags
-from ptq_jax.audit import stopping  # what takes seconds to import, once for all programs
-for line in sys.stdin:
-  program, arguments, folder = json.loads(line)
-  child = os.fork()
-  if child:
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    continue
-  for number, name in ((1, "stdout"), (2, "stderr")):
-    os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
-  sys.argv[1:] = arguments
-  flags._ARGUMENTS = tuple(sys.argv)
-  code = 0
-  try:
-    exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
-  except SystemExit as end:
-    code = end.code or 0
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
-"""
-
-
-@pytest.fixture(scope="module")
-def server():
-  """Runs programs, each in a process of its own that has imported everything."""
-  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-  with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes) as process:
-    yield process
-    process.stdin.close()
-
-
-class Done(NamedTuple):
-  returncode: int
-  stdout: str
-  stderr: str
-
-
-@pytest.fixture
-def execute(server, tmp_path):
-  """A function of a program and its arguments, which says how it ended."""
-  count = itertools.count()
-
-  def run(program, *arguments):
-    folder = tmp_path / str(next(count))
-    folder.mkdir()
-    print(json.dumps([program, arguments, str(folder)]), file=server.stdin, flush=True)
-    code = int(server.stdout.readline())
-    return Done(code, *((folder / name).read_text() for name in ("stdout", "stderr")))
-
-  return run
 
 
 @pytest.fixture
@@ -121,6 +58,7 @@ def test_a_flag_of_several_takes_the_words_and_a_workdir_is_called_like_its_conf
   words = ["--compare", "a", "b", "--out=c", "--config=smoke:models=8"]
   words += ["--config.train.epochs=3", "d"]
   done = execute(SEVERAL, *words)
+  assert done.returncode == 0
   assert done.stdout == "['a', 'b', 'd'] c 3 runs/smoke\n", done.stderr
 
 
@@ -130,7 +68,9 @@ def test_failures_are_code_1_and_debug_shows_the_traceback(launch):
   assert done.stderr.startswith(
     "error: RuntimeError: device lost (at <string>:5; --debug shows all)"
   )
-  assert "Traceback" in launch("--debug", error="RuntimeError('device lost')").stderr
+  debugged = launch("--debug", error="RuntimeError('device lost')")
+  assert debugged.returncode == flags.FAILURE
+  assert "Traceback" in debugged.stderr
 
 
 def test_interrupt_has_its_own_code(launch):
@@ -156,16 +96,16 @@ flags.launch(run, config="configs/digits.py", description="Hears nothing while i
 def test_a_signal_amid_garbage_collection_is_not_forgotten(execute):
   """What is raised there Python prints and drops."""
   done = execute(DEAF)
-  assert done.returncode == 128 + signal.SIGTERM, done
+  assert done.returncode == 128 + signal.SIGTERM, done.stderr
   assert "stopped by SIGTERM" in done.stderr
 
 
 def test_help_explains(launch):
   done = launch("--help")
+  assert done.returncode == 0
   assert "Says hello." in done.stdout
   assert "--workdir" in done.stdout
   assert "train.epochs = 40" in done.stdout
-  assert done.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -43,36 +43,39 @@ def write(folder):
   )
 
 
-def launch(folder, *arguments):
-  command = [
-    sys.executable, "-m", "launch.audit", "--workdir=runs/mine", "--config.data.name=npz",
-    "--config.data.path=mine.npz", "--config.model.name=mine:make", "--config.train.models=4",
-    "--config.train.targets=3", "--config.train.epochs=2", "--config.train.batch_size=10",
-    "--config.quantize.levels=3", "--config.quantize.calibration_size=10",
-    "--config.attack.attacks=lira_online_pooled", "--config.attack.resamples=20",
-    "--config.report.figures=False", *arguments,
-  ]  # fmt: skip
-  environment = os.environ | {"PYTHONPATH": f"{ROOT}:."}
-  return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+OWN = (
+  "--workdir=runs/mine", "--config.data.name=npz",
+  "--config.data.path=mine.npz", "--config.model.name=mine:make", "--config.train.models=6",
+  "--config.train.epochs=2", "--config.train.batch_size=10",
+  "--config.quantize.methods=nearest", "--config.quantize.levels=3",
+  "--config.quantize.calibration_size=10", "--config.attack.attacks=lira_online_pooled",
+  "--config.attack.resamples=20", "--config.report.figures=False",
+)  # fmt: skip
 
 
-def test_an_audit_with_dedicated_targets_and_options_of_model_and_method(tmp_path):
+def test_an_audit_with_options_of_model_and_method(tmp_path):
   write(tmp_path)
-  options = "--config.model.hidden=5", "--config.quantize.obc.damping=0.1"
-  done = launch(tmp_path, *options, "--config.quantize.methods=obc")
+  options = "--config.model.hidden=5", "--config.quantize.nearest.grid_options.norm=2.0"
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.audit", *OWN, *options],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": f"{ROOT}:."},
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stderr
   found = storage.read_records(tmp_path / "runs" / "mine" / "results.jsonl")
   run = records.select(found, "run")[0]
-  assert (run["name"], run["protocol"]) == ("own", "dedicated targets")
+  assert run["name"] == "own"
   assert run["config"]["model"]["hidden"] == 5
-  assert run["config"]["quantize"]["obc"]["damping"] == 0.1
+  assert run["config"]["quantize"]["nearest"]["grid_options"]["norm"] == 2.0
   methods = {record["method"] for record in records.select(found, "leakage")}
-  assert methods == {"none", "obc"}
+  assert methods == {"none", "nearest"}
 
 
-def test_an_unknown_option_is_refused_with_those_of_the_factory(tmp_path):
+def test_an_unknown_option_is_refused_with_those_of_the_factory(launch, tmp_path):
   write(tmp_path)
-  done = launch(tmp_path, "--config.model.width=5")
+  done = launch("audit", *OWN, "--config.model.width=5", where=tmp_path)
   assert done.returncode == flags.USER_ERROR
   assert "has no option 'width'; it has ['hidden']" in done.stderr
   assert len(done.stderr.splitlines()) == 1

@@ -4,15 +4,13 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
-import numpy as np
 import pytest
 
 from launch import attack, flags, report
 from ptq_jax import storage
-from ptq_jax.audit import events, work
+from ptq_jax.audit import work
 from ptq_jax.report import records
 from tests.audit.conftest import tiny_config
 
@@ -32,29 +30,7 @@ TINY = (
   "--config.attack.attacks=('lira_online_pooled',)",
   "--config.attack.resamples=20",
 )
-STAGE = events.Stage(events.silent, "any", 1)
 METHODS = "--config.quantize.methods=('nearest','obc')"
-PLAIN = "--config.report.figures=false"
-
-
-def command(stage, where, *arguments):
-  return [sys.executable, "-m", f"launch.{stage}", f"--workdir={where}", *TINY, *arguments]
-
-
-def launch(stage, workdir, *arguments):
-  return subprocess.run(
-    command(stage, workdir, *arguments), cwd=ROOT, capture_output=True, text=True
-  )
-
-
-def scores(workdir):
-  """Every score file's arrays, without times."""
-  return {
-    str(path.relative_to(workdir)): {
-      name: array for name, array in storage.load_arrays(path).items() if "seconds" not in name
-    }
-    for path in sorted(workdir.glob("scores/*/*.npz"))
-  }
 
 
 def modified(workdir):
@@ -63,22 +39,11 @@ def modified(workdir):
   return {path: path.stat().st_mtime_ns for path in files}
 
 
-def leakage(workdir):
-  return records.select(storage.read_records(workdir / "results.jsonl"), "leakage")
-
-
-def assert_same(one, other):
-  assert scores(one).keys() == scores(other).keys()
-  for path, arrays in scores(one).items():
-    for name, array in arrays.items():
-      np.testing.assert_array_equal(array, scores(other)[path][name], err_msg=f"{path} {name}")
-  assert leakage(one) == leakage(other)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished")
-  done = launch("audit", workdir, METHODS)
+  command = [sys.executable, "-m", "launch.audit", f"--workdir={workdir}", *TINY, METHODS]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return workdir, done
 
@@ -114,63 +79,30 @@ def test_writes_everything_it_promises(finished):
   assert gap["low"] <= gap["value"] <= gap["high"]
 
 
-def test_running_again_does_nothing_and_prints_the_same_table(finished):
+def test_running_again_does_nothing_and_prints_the_same_table(finished, launch):
   workdir, done = finished
   before = modified(workdir)
-  again = launch("audit", workdir, METHODS)
+  again = launch("audit", f"--workdir={workdir}", *TINY, METHODS)
+  assert again.returncode == 0, again.stderr
   assert again.stdout == done.stdout
   assert modified(workdir) == before
 
 
-def kill_when(found, process):
-  """Kills a running launcher as soon as `found()`."""
-  deadline = time.monotonic() + 300
-  while not found():
-    assert process.poll() is None, process.stderr.read()
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-
-
-def test_killed_twice_and_run_again_gives_the_same(finished, tmp_path):
-  """Killed inside training and inside quantizing, when the first of two chunks was written."""
-  for variant in ("full_precision", "obc-3-3"):
-    process = subprocess.Popen(
-      command("audit", tmp_path, METHODS, PLAIN),
-      cwd=ROOT,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    folder = tmp_path / "scores" / variant
-    kill_when(lambda folder=folder: list(folder.glob("*.npz")), process)
-    assert len(list(folder.glob("*.npz"))) == 1
-  done = launch("audit", tmp_path, METHODS, PLAIN)
-  assert done.returncode == 0, done.stderr
-  assert_same(finished[0], tmp_path)
-
-
-def test_a_stop_saves_the_epochs_done(tmp_path):
+def test_a_stop_saves_the_epochs_done(launch, tmp_path):
   long = ("--config.train.epochs=100000", "--config.train.checkpoint_minutes=60")
-  process = subprocess.Popen(
-    command("train_shadows", tmp_path, *long), cwd=ROOT, stderr=subprocess.PIPE, text=True
-  )
-  line = ""
-  while "epoch" not in line:
-    line = process.stderr.readline()
-    assert line, "ended before the first epoch"
-  process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate(timeout=120)
+  process = launch("train_shadows", f"--workdir={tmp_path}", *TINY, *long)
+  process.wait_for(lambda: "epoch" in process.stderr)
+  process.send(signal.SIGTERM)
   assert process.returncode == 128 + signal.SIGTERM
-  assert "stopped by SIGTERM; the same command goes on" in errors
+  assert "stopped by SIGTERM; the same command goes on" in process.stderr
   saved = [int(p.name) for p in tmp_path.glob("models/*/training/*") if p.name.isdigit()]
   assert len(saved) == 1
   assert 0 < saved[0] < 100000
 
 
-def test_a_bad_setting_through_the_launcher(finished):
-  done = launch("audit", finished[0], METHODS, "--config.train.epochs=3")
+def test_a_bad_setting_through_the_launcher(finished, launch):
+  changed = (METHODS, "--config.train.epochs=3")
+  done = launch("audit", f"--workdir={finished[0]}", *TINY, *changed)
   assert done.returncode == flags.USER_ERROR
   assert "belongs to another config: train.epochs is 3, was 2" in done.stderr
   note, error = done.stderr.splitlines()  # what is said of the data comes first

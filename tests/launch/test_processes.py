@@ -1,14 +1,11 @@
 """Several real processes on one workdir, none of which knows the others: failures of each."""
 
 import signal
-import subprocess
-import time
 
 import pytest
 
-from ptq_jax import audit
-from tests.audit.conftest import tiny_config
-from tests.launch import test_pipeline as pipeline
+from tests.audit.conftest import assert_same, run
+from tests.launch.test_pipeline import TINY
 
 FOUR_CHUNKS = (
   "--config.quantize.methods=nearest",
@@ -22,60 +19,42 @@ def finished(tmp_path_factory):
   """What one process makes of the same settings."""
   workdir = tmp_path_factory.mktemp("finished")
   changes = {"quantize__methods": ("nearest",), "report__figures": False}
-  audit.run(tiny_config(train__models_per_chunk=2, **changes), workdir=workdir)
+  run(workdir, train__models_per_chunk=2, **changes)
   return workdir
 
 
-def start(workdir, *arguments):
-  return subprocess.Popen(
-    pipeline.command("audit", workdir, *FOUR_CHUNKS, *arguments),
-    cwd=pipeline.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+def test_three_of_four_die_the_other_goes_on_and_two_more_end_it(finished, launch, tmp_path):
+  """One is asked to end while it trains, one is killed then, one is killed while it quantizes.
+
+  The two that end it have no shards: they share what is left.
+  """
+
+  def start(*arguments):
+    return launch("audit", f"--workdir={tmp_path}", *TINY, *FOUR_CHUNKS, *arguments)
+
+  locks, scores = tmp_path / "models" / "locks", tmp_path / "scores" / "full_precision"
+  *victims, other = [start(f"--shard={number}/4") for number in range(4)]
+  begun = (
+    locks / "shadows-00000-00002",
+    locks / "shadows-00002-00004",
+    scores / "shadows-00004-00006.npz",
   )
-
-
-def ends(process, *, within=120):
-  output, errors = process.communicate(timeout=within)
-  return process.returncode, output, errors
-
-
-def wait_for(found, process):
-  deadline = time.monotonic() + 120
-  while not found():
-    assert process.poll() is None, process.stderr.read()
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-
-
-def test_two_of_four_die_the_others_go_on_and_a_restart_ends_it(finished, tmp_path):
-  """One is asked to end while it trains, one is killed while it quantizes."""
-  begun = {
-    0: tmp_path / "models" / "locks" / "shadows-00000-00002",
-    1: tmp_path / "scores" / "full_precision" / "shadows-00002-00004.npz",
+  for victim, path, number in zip(
+    victims, begun, (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL), strict=True
+  ):
+    victim.wait_for(path.exists)
+    victim.send(number)
+  assert victims[0].returncode == 128 + signal.SIGTERM
+  assert "stopped by SIGTERM; the same command goes on" in victims[0].stderr
+  assert [victim.returncode for victim in victims[1:]] == [-signal.SIGKILL] * 2
+  assert other.returncode == 0, other.stderr
+  assert "others are at the rest" in other.stdout
+  assert {path.name for path in scores.glob("*.npz")} == {
+    "shadows-00004-00006.npz",
+    "shadows-00006-00008.npz",
   }
-  processes = [start(tmp_path, f"--shard={number}/4") for number in range(4)]
-  for victim, number in ((0, signal.SIGTERM), (1, signal.SIGKILL)):
-    wait_for(begun[victim].exists, processes[victim])
-    processes[victim].send_signal(number)
-  code, _, errors = ends(processes[0])
-  assert code == 128 + signal.SIGTERM
-  assert "stopped by SIGTERM; the same command goes on" in errors
-  assert ends(processes[1])[0] == -signal.SIGKILL
-  for process in processes[2:]:
-    code, output, errors = ends(process)
-    assert code == 0, errors
-    assert "others are at the rest" in output
-  ended = [ends(process) for process in [start(tmp_path, f"--shard={n}/4") for n in range(2)]]
-  assert [code for code, _, _ in ended] == [0, 0], ended
-  assert any("index.html shows more" in output for _, output, _ in ended)
-  pipeline.assert_same(finished, tmp_path)
-
-
-def test_two_audits_in_one_workdir_share_the_work(finished, tmp_path):
-  processes = [start(tmp_path) for _ in range(2)]
-  ended = [ends(process) for process in processes]
-  assert [code for code, _, _ in ended] == [0, 0], ended
-  assert ends(start(tmp_path))[0] == 0
-  pipeline.assert_same(finished, tmp_path)
+  assert len(list(tmp_path.glob("scores/nearest-3-3/*.npz"))) == 1
+  ended = [start(), start()]
+  assert [process.returncode for process in ended] == [0, 0], [each.stderr for each in ended]
+  assert any("index.html shows more" in process.stdout for process in ended)
+  assert_same(finished, tmp_path)
