@@ -11,7 +11,7 @@ from tests.audit.conftest import tiny_config
 
 
 def test_every_layer_is_told_and_all_adds_up(copied):
-  shutil.rmtree(copied / "scores" / "obc-3-3")
+  shutil.rmtree(copied / "scores" / "nearest-3-3")
   heard = []
   audit = preflight.open_audit(tiny_config(), copied, listener=heard.append)
   assert quantizing.quantize(audit) == []
@@ -23,7 +23,7 @@ def test_every_layer_is_told_and_all_adds_up(copied):
   assert told[-1].total == 16
   notes = {event.note for event in told}
   paths = {layer.path for layer in audit.layers}
-  assert {f"shadows-00004-00008, obc {path}" for path in paths} <= notes
+  assert {f"shadows-00004-00008, nearest {path}" for path in paths} <= notes
   assert len(set(done)) > len(paths)
 
 

@@ -204,10 +204,10 @@ def test_a_diverged_model_is_left_out_with_its_partner_and_named(copied):
   arrays = storage.load_arrays(path)
   arrays["scores"][3] = np.nan
   storage.save_arrays(path, **arrays)
-  shutil.rmtree(copied / "scores" / "obc-3-3")
+  shutil.rmtree(copied / "scores" / "nearest-3-3")
   run(copied)
   found = storage.read_records(copied / "results.jsonl")
   assert any("shadows 2, 3 are left out" in record.get("message", "") for record in found)
   assert {record["num_targets"] for record in leakage(copied)} == {6}
-  quantized = storage.load_arrays(copied / "scores" / "obc-3-3" / path.name)["scores"]
+  quantized = storage.load_arrays(copied / "scores" / "nearest-3-3" / path.name)["scores"]
   assert list(np.isfinite(quantized).all(axis=(1, 2))) == [True, True, True, False]
