@@ -243,13 +243,14 @@ def test_on_device_jit_is_eager_is_the_loop(scores, variant):
   assert all(isinstance(row, jax.Array) and row.dtype == jnp.float32 for row in eager)
   jitted = jax.jit(function)(*on_device[:2], on_device[2][0])
   np.testing.assert_allclose(jitted, eager[0], rtol=1e-6, atol=1e-6)
-  mapped = jax.vmap(function, in_axes=(None, None, 0))(*on_device)
+  mapped = jax.jit(jax.vmap(function, in_axes=(None, None, 0)))(*on_device)
   np.testing.assert_allclose(mapped, eager, rtol=1e-5, atol=1e-5)
   expected = [naive.lira(shadows, members, target, variant) for target in targets]
   np.testing.assert_allclose(eager, expected, rtol=2e-4, atol=2e-4)
   with jax.enable_x64(True):
-    wide = function(*(jnp.asarray(a, jnp.float64) for a in (shadows, targets[0])[:1]), members,
-                    jnp.asarray(targets[0], jnp.float64))  # fmt: skip
+    wide = jax.jit(function)(
+      jnp.asarray(shadows, jnp.float64), members, jnp.asarray(targets[0], jnp.float64)
+    )
     assert wide.dtype == jnp.float64
     np.testing.assert_allclose(wide, expected[0], rtol=1e-8)
 
