@@ -541,7 +541,13 @@ def make_optimizer(train: settings.Config, *, steps_per_epoch: int):
     )
   if train.optimizer == "muon":
     chosen["kernels"] = optimizer.Muon(**train.muon)
-  return optimizer.OPTIMIZERS[train.optimizer](steps_per_epoch=steps_per_epoch, **chosen)
+  return _optimizer(train.optimizer, steps_per_epoch=steps_per_epoch, **chosen)
+
+
+@functools.lru_cache
+def _optimizer(name, **options):
+  """One and the same for equal settings, so that audits in one process share their programs."""
+  return optimizer.OPTIMIZERS[name](**options)
 
 
 def model_digest(variables) -> str:

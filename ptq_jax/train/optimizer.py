@@ -1,9 +1,5 @@
-"""SGD and Muon, and learning rates over the steps of a training.
+"""SGD and Muon, and learning rates over the steps of a training."""
 
-Equal settings give one and the same optimizer, so trainings with it share their programs.
-"""
-
-import functools
 from typing import NamedTuple
 
 import jax
@@ -44,7 +40,6 @@ def constant(*, peak: float, epochs: int, steps_per_epoch: int) -> optax.Schedul
 SCHEDULES = {"cosine": cosine, "triangular": triangular, "constant": constant}
 
 
-@functools.cache
 def sgd(
   *,
   learning_rate: float,
@@ -92,7 +87,6 @@ class Muon(NamedTuple):
 MUON = Muon()
 
 
-@functools.cache
 def muon(
   *,
   epochs: int,
