@@ -62,8 +62,8 @@ def check_classifier(
     examples: `NUM_EXAMPLES` different ones, as the model gets them.
     name: of the model, for messages.
   Returns:
-    Sentences on what is odd, though it may be meant: outputs that are never negative; batch
-    statistics that training leaves as they are; Dropout that is off in training.
+    Sentences on what is odd, though it may be meant: outputs that are never negative, or in half
+    precision; batch statistics that training leaves as they are; Dropout that is off in training.
   Raises:
     ValueError: for outputs that are probabilities, or that depend on the rest of the batch.
   """
@@ -73,10 +73,8 @@ def check_classifier(
   batch, other = examples[[0, 1, 2, 3]], examples[[1, 0, 4, 5]]
   with jax.default_matmul_precision("highest"):
     run = functools.partial(_outputs, call.Hashable(model))
-    first, mixed, further = (
-      np.asarray(outputs, np.float64)
-      for outputs in (run(variables, batch), run(variables, other), run(negated, batch))
-    )
+    outputs = run(variables, batch), run(variables, other), run(negated, batch)
+    first, mixed, further = (np.asarray(each, np.float64) for each in outputs)
   every = np.concatenate([first, further[np.isfinite(further).all(axis=1)]])
   if not np.isfinite(first).all():
     return _idle(model, variables, batch, name)
@@ -94,6 +92,11 @@ def check_classifier(
       "let no attention or mean run over the first axis."
     )
   odd = _idle(model, variables, batch, name)
+  if outputs[0].dtype.itemsize < 4:
+    odd.append(
+      f"the logits of model {name} are {outputs[0].dtype}, so many examples have the same score; "
+      "let its last layer compute in float32."
+    )
   if (every >= 0).all() and every.any():
     odd.append(
       f"the logits of model {name} are never negative, as after a ReLU; leave it out at the end, "

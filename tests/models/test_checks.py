@@ -49,6 +49,7 @@ def test_what_gives_no_logits_of_one_example_is_refused(parts, sentence):
   ("parts", "words"),
   [
     ({"end": nn.relu}, "are never negative"),
+    ({"end": lambda x: x.astype("bfloat16")}, "are bfloat16, so many examples have the same score"),
     (
       {"before": lambda x, _: nn.BatchNorm(True, name="norm")(x)},
       "leaves these batch statistics as they began in training: norm/mean, norm/var; if",
