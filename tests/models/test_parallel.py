@@ -14,35 +14,49 @@ from ptq_jax.models import parallel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-TRAIN = """
+SMALL_MODEL = """
+import flax.linen as nn
 import jax, jax.numpy as jnp, numpy as np
-from ptq_jax import models
+
+class Small(nn.Module):
+  norm: bool = False
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Conv(2, (2, 2))(x)
+    if self.norm:
+      x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Dense(3)(nn.relu(x).mean(axis=(1, 2)))
+"""
+
+
+TRAIN = """
+from ptq_jax import trees
 from ptq_jax.data import augment, membership
 from ptq_jax.models import parallel
 from ptq_jax.train import fit, optimizer, shadows
 
 assert len(jax.devices()) == 4
 images = np.random.default_rng(0).integers(0, 256, (48, 6, 6, 1), dtype=np.uint8)
-labels = jnp.arange(48) % 3
+labels = np.arange(48) % 3
 recipe = fit.Recipe(
-  models.make("convnet", num_classes=3, width=2),
+  Small(norm=True),
   optimizer.sgd(learning_rate=0.1, epochs=20, steps_per_epoch=3),
   augment.make(("shift1",)), (0.5,), (0.25,), 8,
 )
 rows = membership.paired(jax.random.key(1), num_models=6, num_examples=48)
-members = jnp.asarray(membership.members_of(rows))
-data = (images, labels, members)
+members = membership.members_of(rows)
+keys = shadows.model_keys(jax.random.key(0), np.arange(6))
+fresh = jax.device_get(shadows.init(keys, recipe, image_shape=(6, 6, 1)))
 
 
-def train(count, devices, first=0, states=None, last=60):
+def train(count, devices, first=0, states=fresh, last=60):
   # Two models in a program, on so many devices: one to three rounds.
   mesh = parallel.mesh_for(devices) if devices > 1 else None
-  keys = shadows.model_keys(jax.random.key(0), jnp.arange(count))
-  if states is None:
-    states = shadows.init(keys, recipe, image_shape=(6, 6, 1))
-  chosen = (images, labels, members[:count])
+  states = trees.take(states, slice(count))
+  data = (images, labels, members[:count])
   *_, done = shadows.dispatches(
-    states, keys, recipe, *chosen, first=first, last=last, together=2, mesh=mesh
+    states, keys[:count], recipe, *data, first=first, last=last, together=2, mesh=mesh
   )
   used = {device for leaf in jax.tree.leaves(done.rounds) for device in leaf.devices()}
   assert len(used) == devices
@@ -59,18 +73,17 @@ print("same")
 
 
 QUANTIZE_AND_PREDICT = """
-import flax.linen as nn
-import jax, jax.numpy as jnp, numpy as np
-from ptq_jax import models, quantize, trees
+from ptq_jax import quantize, trees
 from ptq_jax.models import predict, units
 from ptq_jax.quantize import plan
 
-model = models.make("convnet", num_classes=3, width=2)
+model = Small()
 rng = np.random.default_rng(0)
 images = rng.integers(0, 256, (12, 6, 6, 1), dtype=np.uint8)
 pixels = jnp.asarray(rng.normal(size=(3, 12, 6, 6, 1)).cumsum(2).cumsum(3), jnp.float32)
 keys = jax.random.split(jax.random.key(0), 3)
-variables = jax.jit(jax.vmap(lambda key: model.init(key, pixels[0])))(keys)
+one = pixels[0]
+variables = jax.device_get(jax.jit(jax.vmap(lambda key: model.init(key, one)))(keys))
 
 run = predict.Predictor(
   model, prepare=lambda x, _: x[None] / 255, reduce=lambda logits, labels: logits
@@ -80,19 +93,12 @@ for m in range(3):
   alone = run(trees.take(variables, slice(m, m + 1)), images, np.zeros(12, int), batch_size=5)
   np.testing.assert_allclose(together[m], alone[0], rtol=1e-4, atol=1e-5)
 
-class Small(nn.Module):
-  @nn.compact
-  def __call__(self, x, train: bool = False):
-    return nn.Dense(3)(nn.relu(nn.Conv(2, (2, 2))(x)).mean(axis=(1, 2)))
-
-small = Small()
-variables = jax.vmap(lambda key: small.init(key, pixels[0]))(keys)
-layers = units.layers(small, trees.take(variables, 0), pixels[0])
+layers = units.layers(model, trees.take(variables, 0), one)
 plans = [plan.make(layers, levels=levels) for levels in (3, 16)]
 found = []
 for devices in (jax.local_devices()[:1], jax.local_devices()[1:3]):  # 1 and 2 models on the two
   quantized, records = quantize.quantize_stacked(
-    "obc", keys, small, variables, pixels, plans=plans, devices=devices, batchnorm_images=pixels
+    "obc", keys, model, variables, pixels, plans=plans, devices=devices, batchnorm_images=pixels
   )
   assert [record.name for record in records] == ["Conv_0", "Dense_0"]
   assert records[0].error_after.shape == (2, 3)
@@ -110,7 +116,7 @@ EVERY_BIT = "--xla_backend_optimization_level=1"
 def on_four_devices(program, flags):
   """What a program prints in a process with four virtual devices."""
   done = subprocess.run(
-    [sys.executable, "-c", program],
+    [sys.executable, "-c", SMALL_MODEL + program],
     cwd=ROOT,
     env={**os.environ, "XLA_FLAGS": f"{flags} {FOUR_DEVICES}"},
     capture_output=True,
