@@ -75,17 +75,18 @@ def estimate(
     weight = len(batch) / len(images)
     part = jax.tree.map(functools.partial(jnp.multiply, weight), moments)
     total = part if total is None else jax.tree.map(jnp.add, total, part)
-  old, changed = trees.flatten(variables), {}
+  old, changed, total = trees.flatten(variables), {}, jax.device_get(total)
   for mean, var, *_ in _leaves(momenta):
-    centered = jnp.maximum(total[var] - total[mean] ** 2, 0)
-    if bool((centered <= NO_SPREAD * total[var]).all()):
+    centered = np.maximum(total[var] - total[mean] ** 2, 0)
+    if (centered <= NO_SPREAD * total[var]).all():
       warnings.warn(
         f"the images give {mean.split('/', 1)[1].rpartition('/')[0]!r} no variance in any channel; "
         "its statistics stay as they are. Calibrate with images that differ.",
         stacklevel=2,
       )
       continue
-    changed |= {mean: total[mean].astype(old[mean].dtype), var: centered.astype(old[var].dtype)}
+    for path, found in ((mean, total[mean]), (var, centered)):
+      changed[path] = jnp.asarray(found.astype(old[path].dtype))
   return trees.replace(variables, changed)
 
 
