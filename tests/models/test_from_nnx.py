@@ -9,13 +9,12 @@ from flax import nnx
 from ptq_jax import models, quantize, trees
 from ptq_jax.data import augment
 from ptq_jax.models import call, from_nnx, units
-from ptq_jax.quantize import METHODS, adaround, brecq
+from ptq_jax.quantize import METHODS, brecq
 from ptq_jax.train import fit, optimizer, shadows
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 1)), jnp.float32)
 QUICK = {
   "nearest": {},
-  "adaround": {"second_moment": adaround.SECOND_MOMENT._replace(num_steps=25), "sweeps": 1},
   "brecq": {"schedule": brecq.SCHEDULE._replace(num_steps=10, batch_size=4)},
   "obc": {},
 }
@@ -44,6 +43,17 @@ class Net(nnx.Module):
     return self.head((x + self.attention(x)).mean(axis=1))
 
 
+class Small(nnx.Module):
+  """No attention, which `Net` has with every layer quantized alone."""
+
+  def __init__(self, num_classes, *, rngs):
+    self.block = Block(1, rngs=rngs)
+    self.head = nnx.Linear(1, num_classes, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(self.block(x).mean(axis=(1, 2)))
+
+
 LAYERS = ["block/conv", "widen", *(f"attention/{n}" for n in ("query", "key", "value", "out")),
           "head"]  # fmt: skip
 
@@ -65,17 +75,26 @@ def test_the_same_function_with_layers_that_are_seen(net):
   assert not survey.kept
 
 
-@pytest.mark.parametrize("name", ["brecq", "obc"])  # unit by unit, and each layer alone
-def test_a_state_goes_in_and_a_state_comes_back(net, name):
+@pytest.mark.parametrize(
+  ("name", "kind", "layers"),
+  [
+    ("brecq", Small, ["block/conv", "head"]),  # unit by unit
+    ("obc", Small, ["block/conv", "head"]),  # each layer alone, then the normalisation
+    ("nearest", Net, LAYERS),
+  ],
+)
+def test_a_state_goes_in_and_a_state_comes_back(name, kind, layers):
+  net = kind(3, rngs=nnx.Rngs(0))
+  net.eval()
   state = nnx.state(net)
   quantized, info = METHODS[name].quantize_params(
     jax.random.key(0), net, state, IMAGES, levels=3, **QUICK[name]
   )
   assert jax.tree.structure(quantized) == jax.tree.structure(state)
   grids = {path for record in info for path in record.grids}
-  assert grids == set(LAYERS)
+  assert grids == set(layers)
   kernels = from_nnx.variables_of(quantized)["params"]
-  for path in LAYERS[:2]:
+  for path in layers[:2]:
     kernel = np.asarray(trees.get(kernels, f"{path}/kernel"))
     assert max(len(np.unique(kernel[..., k])) for k in range(kernel.shape[-1])) <= 3
   full = net(IMAGES)

@@ -8,6 +8,7 @@ import pytest
 
 from ptq_jax import trees
 from ptq_jax.models import convnet, resnet, units
+from tests import fresh
 
 IMAGES = jnp.zeros((2, 8, 8, 3))
 
@@ -60,7 +61,7 @@ def test_layers_in_execution_order_with_their_geometry():
 def test_layers_work_on_shapes_alone():
   model = Branched()
   images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype)
-  variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+  variables = fresh.variables(model, IMAGES)
   assert units.layers(model, variables, images) == found(model)
 
 
@@ -71,8 +72,8 @@ def test_causal_padding_comes_before():
 
 @pytest.mark.parametrize("model", [convnet.ConvNet(10), resnet.resnet8(10, width=4)])
 def test_chain_holds_every_layer_once_and_runs_unit_by_unit(model):
-  images = jnp.cos(jnp.arange(2 * 8 * 8 * 3.0)).reshape(2, 8, 8, 3)
-  variables = jax.jit(model.init)(jax.random.key(0), images)
+  images = np.cos(np.arange(2 * 8 * 8 * 3, dtype=np.float32)).reshape(2, 8, 8, 3)
+  variables = fresh.variables(model, images)
   chain = units.chain(model, variables, images)
   assert [unit.name for unit in chain] == model.units()
   assert [layer for unit in chain for layer in unit.layers] == found(model, images)
