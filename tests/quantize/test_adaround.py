@@ -13,6 +13,7 @@ from ptq_jax.models import units
 from ptq_jax.models.units import Layer
 from ptq_jax.quantize import adaround, plan
 from ptq_jax.quantize.reconstruct import Schedule
+from tests import fresh
 
 QUICK = adaround.SECOND_MOMENT._replace(num_steps=50)
 
@@ -72,8 +73,7 @@ class Perceptron(nn.Module):
 def perceptron():
   inputs = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 40, 6)), jnp.float32)
   model = Perceptron()
-  variables = jax.jit(model.init)(jax.random.key(3), inputs[0])
-  return model, jax.tree.map(lambda leaf: leaf[None], variables), inputs
+  return model, fresh.stacked(model, inputs[0], num_models=1), inputs
 
 
 def quantize(perceptron, plans):
@@ -89,9 +89,10 @@ def test_targets_come_from_the_full_precision_network(perceptron):
   before = info[1].error_before[:, 0]
   assert before[1] > 2 * before[0]
   model, variables, inputs = perceptron
-  target = model.apply(trees.take(variables, 0), inputs[0])
+  apply = jax.jit(model.apply)
+  target = apply(trees.take(variables, 0), inputs[0])
   for p in (0, 1):
-    outputs = model.apply(jax.tree.map(lambda leaf, p=p: leaf[p, 0], quantized), inputs[0])
+    outputs = apply(jax.tree.map(lambda leaf, p=p: leaf[p, 0], quantized), inputs[0])
     error = np.mean(np.sum(np.square(outputs - target), axis=-1))
     np.testing.assert_allclose(info[1].error_after[p, 0], error, rtol=1e-3)
 

@@ -21,13 +21,25 @@ def residual():
   model = resnet.ResNet(num_classes=5, stages=(1, 1), width=4)
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(24, 8, 8, 3)).cumsum(axis=1), jnp.float32)
-  variables = jax.jit(model.init)(jax.random.key(0), images)
-  flat = trees.flatten(variables)
+  variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), images))
   noisy = {
-    path: leaf + 0.2 * jnp.asarray(rng.uniform(size=leaf.shape), leaf.dtype)
-    for path, leaf in flat.items()
+    path: jnp.asarray(leaf + 0.2 * rng.uniform(size=leaf.shape), leaf.dtype)
+    for path, leaf in trees.flatten(variables).items()
   }
   return model, trees.unflatten(noisy), images
+
+
+RUN = jax.jit(units.run, static_argnums=(0, 3))
+
+
+@pytest.fixture(scope="module")
+def rounded(residual):
+  """What BRECQ makes of it."""
+  return quantize(residual)
+
+
+def quantize(residual, **options):
+  return brecq.quantize_params(jax.random.key(0), *residual, levels=3, schedule=QUICK, **options)
 
 
 def site_of(model, variables, images, name):
@@ -37,7 +49,7 @@ def site_of(model, variables, images, name):
   for before in model.units():
     if before == name:
       break
-    x = units.run(model, variables, x, before)
+    x = RUN(model, variables, x, before)
   keys = jax.random.split(jax.random.key(0), 1)
   return walk.Site(model, unit, {}, keys, [0], {0: variables}, {0: x}, [variables], [x])
 
@@ -45,7 +57,7 @@ def site_of(model, variables, images, name):
 def test_patches_and_native_convolutions_agree(residual):
   model, variables, images = residual
   unit = units.chain(model, variables, images)[2]
-  x = units.run(model, variables, units.run(model, variables, images, "stem"), "blocks_0")
+  x = RUN(model, variables, RUN(model, variables, images, "stem"), "blocks_0")
   weights = {layer.path: trees.get(variables, layer.kernel) * 1.1 for layer in unit.layers}
   part = brecq._of_unit(variables, unit)
 
@@ -62,18 +74,14 @@ def test_patches_and_native_convolutions_agree(residual):
     np.testing.assert_allclose(gradient[path], expected_gradient[path], rtol=1e-3, atol=1e-2)
 
 
-def test_block_errors_are_those_of_the_results(residual):
-  model, variables, images = residual
-  quantized, info = brecq.quantize_params(
-    jax.random.key(0), model, variables, images, levels=4, schedule=QUICK
-  )
+def test_block_errors_are_those_of_the_results(residual, rounded):
+  (model, variables, images), (quantized, info) = residual, rounded
   assert [record.name for record in info] == model.units()
   assert set(info[2].grids) == {f"blocks_1/{n}/conv" for n in ("conv1", "conv2", "shortcut")}
-  full = rounded = images
+  x = y = images
   for record in info:
-    run = jax.jit(functools.partial(units.run, model, unit=record.name))
-    full, rounded = run(variables, full), run(quantized, rounded)
-    error = np.mean(np.sum(np.square(full - rounded), axis=-1))
+    x, y = RUN(model, variables, x, record.name), RUN(model, quantized, y, record.name)
+    error = np.mean(np.sum(np.square(x - y), axis=-1))
     np.testing.assert_allclose(record.error_after, error, rtol=1e-3)
     assert record.error_after <= record.error_before
   assert all(record.error_after < record.error_before for record in info[1:])
@@ -96,9 +104,9 @@ def test_fisher_weights_are_squared_gradients(residual, given):
   site = site_of(model, variables, images, "blocks_0")
   labels = jnp.arange(24) % 5 if given else None
   weights = brecq._importance(site, 0, None if labels is None else labels[None])
-  outputs = units.run(model, variables, site.full_inputs[0], "blocks_0")
+  outputs = RUN(model, variables, site.full_inputs[0], "blocks_0")
   if not given:
-    logits = model.apply(variables, images)
+    logits = jax.jit(model.apply)(variables, images)
     draw = jax.vmap(lambda i, row: jax.random.categorical(jax.random.fold_in(site.keys[0], i), row))
     labels = draw(jnp.arange(24), logits)
 
@@ -134,7 +142,7 @@ def test_fisher_weights_reach_the_loop(residual, monkeypatch):
   path = "params/stem/conv/kernel"
   kernel = trees.get(folded, path)
   rounded = trees.replace(folded, {path: grid.nearest(kernel, grid.fit(kernel, levels=4))})
-  outputs, targets = (units.run(model, v, images, "stem") for v in (rounded, folded))
+  outputs, targets = (RUN(model, v, images, "stem") for v in (rounded, folded))
   error = np.mean(np.sum(importance * np.square(outputs - targets), axis=-1))
   np.testing.assert_allclose(info[0].error_before, error, rtol=1e-3)
 
@@ -150,17 +158,12 @@ def test_only_a_layer_with_nothing_after_it_is_left_to_adaround(residual, name, 
   assert not brecq._is_quadratic(site, options._replace(loss="fisher"))
 
 
-def test_the_head_is_rounded_better_than_by_mini_batches(residual):
-  model, variables, images = residual
-  errors = {}
-  for form in ("auto", "mini_batch"):
-    _, info = brecq.quantize_params(
-      jax.random.key(0), model, variables, images, levels=3, form=form, schedule=QUICK
-    )
-    errors[form] = [float(record.error_after) for record in info]
-  assert [record.name for record in info] == model.units()
-  assert errors["auto"][:-1] == errors["mini_batch"][:-1]
-  assert errors["auto"][-1] < errors["mini_batch"][-1]
+def test_the_head_is_rounded_better_than_by_mini_batches(residual, rounded):
+  _, info = quantize(residual, form="mini_batch")
+  assert [record.name for record in info] == residual[0].units()
+  auto, batches = ([float(record.error_after) for record in each] for each in (rounded[1], info))
+  assert auto[:-1] == batches[:-1]
+  assert auto[-1] < batches[-1]
 
 
 def test_unknown_form(untrained):

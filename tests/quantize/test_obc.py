@@ -285,14 +285,22 @@ def stacked():
   return model, variables, images, plans
 
 
-def test_models_and_plans_at_once_are_one_by_one(stacked):
+KEYS = jax.random.split(jax.random.key(1), 2)
+
+
+@pytest.fixture(scope="module")
+def everything(stacked):
+  """All models under all plans."""
   model, variables, images, plans = stacked
-  keys = jax.random.split(jax.random.key(1), 2)
-  together, records = obc.quantize_stacked(keys, model, variables, images, plans=plans)
+  return obc.quantize_stacked(KEYS, model, variables, images, plans=plans)
+
+
+def test_models_and_plans_at_once_are_one_by_one(stacked, everything):
+  (model, variables, images, plans), (together, records) = stacked, everything
   assert [record.name for record in records] == list(plans[0])
   for p, m in ((0, 0), (0, 1), (1, 1), (2, 0)):
     alone, infos = obc.quantize_params(
-      keys[m], model, trees.take(variables, m), images[m], levels=plans[p]
+      KEYS[m], model, trees.take(variables, m), images[m], levels=plans[p]
     )
     for path, leaf in trees.flatten(alone).items():
       np.testing.assert_allclose(
@@ -312,8 +320,9 @@ class Grouped(nn.Module):
 
 
 def test_groups_are_quantized_apart(key):
-  images = jax.random.normal(key, (20, 6, 6, 6)).cumsum(1).cumsum(2)
-  variables = Grouped().init(key, images)
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(20, 6, 6, 6)).cumsum(1).cumsum(2), jnp.float32)
+  variables = fresh.variables(Grouped(), images)
   quantized, _ = obc.quantize_params(key, Grouped(), variables, images, levels=4)
   hessians = hessian.from_inputs(
     images,
@@ -332,11 +341,9 @@ def test_groups_are_quantized_apart(key):
     np.testing.assert_allclose(found[..., outputs].reshape(8, 2).T, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_records_and_full_precision_layers(stacked):
-  model, variables, images, plans = stacked
-  keys = jax.random.split(jax.random.key(1), 2)
-  quantized, records = obc.quantize_stacked(keys, model, variables, images, plans=plans)
-  _, rounded = nearest.quantize_stacked(keys, model, variables, images, plans=plans)
+def test_records_and_full_precision_layers(stacked, everything):
+  (model, variables, images, plans), (quantized, records) = stacked, everything
+  _, rounded = nearest.quantize_stacked(KEYS, model, variables, images, plans=plans)
   for record, other in zip(records, rounded, strict=True):
     assert (record.error_after <= record.error_before).all()
     np.testing.assert_allclose(record.error_before, other.error_after, rtol=1e-5)
@@ -357,16 +364,13 @@ def test_records_and_full_precision_layers(stacked):
         np.testing.assert_array_equal(grid.nearest(found, one), found)
 
 
-def test_batchnorm_is_estimated_only_where_weights_changed(stacked):
-  model, variables, images, plans = stacked
-  keys = jax.random.split(jax.random.key(1), 2)
+def test_batchnorm_is_estimated_only_where_weights_changed(stacked, everything):
+  (model, variables, images, plans), (changed, _) = stacked, everything
   options = {"model": model, "variables": variables, "images": images, "plans": plans}
-  kept, _ = obc.quantize_stacked(keys, **options, batchnorm="none")
-  changed, _ = obc.quantize_stacked(keys, **options)
-  others, _ = obc.quantize_stacked(keys, **options, batchnorm_images=images[:, :10] + 1)
-  as_all, _ = obc.quantize_stacked(
-    keys, **options, batchnorm="all", batchnorm_images=images[:, :10] + 1
-  )
+  moved = {"batchnorm_images": np.asarray(images[:, :10]) + 1}
+  kept, _ = obc.quantize_stacked(KEYS, **options, batchnorm="none")
+  others, _ = obc.quantize_stacked(KEYS, **options, **moved)
+  as_all, _ = obc.quantize_stacked(KEYS, **options, **moved, batchnorm="all")
   jax.tree.map(np.testing.assert_array_equal, as_all, others)
   old = variables["batch_stats"]["bn"]["mean"]
   none, default, given = (
@@ -381,15 +385,14 @@ def test_batchnorm_is_estimated_only_where_weights_changed(stacked):
 
 def test_bad_options(stacked):
   model, variables, images, plans = stacked
-  keys = jax.random.split(jax.random.key(1), 2)
   options = {"model": model, "variables": variables, "images": images, "plans": plans}
   with pytest.raises(ValueError, match='batchnorm must be "members", "all" or "none"'):
-    obc.quantize_stacked(keys, **options, batchnorm="some")
+    obc.quantize_stacked(KEYS, **options, batchnorm="some")
   with pytest.raises(ValueError, match='batchnorm="all" needs batchnorm_images'):
-    obc.quantize_stacked(keys, **options, batchnorm="all")
+    obc.quantize_stacked(KEYS, **options, batchnorm="all")
   with pytest.raises(ValueError, match=r"batchnorm_images must be \[2, n >= 1"):
-    obc.quantize_stacked(keys, **options, batchnorm_images=images[:, :0])
+    obc.quantize_stacked(KEYS, **options, batchnorm_images=images[:, :0])
   with pytest.raises(ValueError, match="calibration set is empty"):
-    obc.quantize_stacked(keys, model, variables, images[:, :0], plans=plans)
+    obc.quantize_stacked(KEYS, model, variables, images[:, :0], plans=plans)
   with pytest.raises(ValueError, match="levels must be"):
-    obc.quantize_stacked(keys, model, variables, images, plans=[dict.fromkeys(plans[0], 1)])
+    obc.quantize_stacked(KEYS, model, variables, images, plans=[dict.fromkeys(plans[0], 1)])

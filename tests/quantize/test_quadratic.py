@@ -67,8 +67,13 @@ def small_problem(rows, columns, levels, seed=0):
   return weights, grid.Grid(scale[None], zero_point[None], levels), moments
 
 
+POLISH = jax.jit(quadratic.polish, static_argnames="sweeps")
+SOLVE = jax.jit(quadratic.solve, static_argnames=("schedule", "stop", "sweeps"))
+
+
+@jax.jit
 def error_of(codes, weights, fitted, moments):
-  return float(quadratic.error(grid.dequantize(codes, fitted) - weights, moments)[0])
+  return quadratic.error(grid.dequantize(codes, fitted) - weights, moments)[0]
 
 
 @pytest.mark.parametrize("layer", [conv(), conv(groups=2), conv(stride=2)], ids=["", "g", "s"])
@@ -108,11 +113,10 @@ def test_reference_by_second_moments(bits):
   )
   schedule = Schedule(num_steps=1000, learning_rate=1e-3, weight=0.01)
   alpha = kernel_matrix(to_kernel(read("alpha")), layer)
+  objective = jax.jit(quadratic.objective)
   for step, total in zip(read("steps"), read("total_loss"), strict=True):
     weight, beta = reconstruct.rounding_term(int(step), schedule)
-    value, gradient = quadratic.objective(
-      alpha, weights, matrix_grid, moments, weight=weight, beta=beta
-    )
+    value, gradient = objective(alpha, weights, matrix_grid, moments, weight=weight, beta=beta)
     np.testing.assert_allclose(value, total, rtol=1e-4)
     if step == 400:
       expected = kernel_matrix(to_kernel(read("grad_alpha_step400")), layer)
@@ -133,23 +137,24 @@ def test_moments_of_batches_add_up():
 def test_polish_ends_where_no_single_turn_helps(levels):
   weights, fitted, moments = small_problem(37, 3, levels)
   codes = grid.codes(weights, fitted)
-  polished = quadratic.polish(codes, weights, fitted, moments, sweeps=50)
+  polished = POLISH(codes, weights, fitted, moments, sweeps=50)
   best = error_of(polished, weights, fitted, moments)
   assert best < error_of(codes, weights, fitted, moments)
-  floor = jnp.floor(weights / fitted.scale) + fitted.zero_point
-  low, high = (np.asarray(jnp.clip(floor + up, 0, levels - 1), int) for up in (0, 1))
+  floor = np.floor(weights / fitted.scale) + fitted.zero_point
+  low, high = (np.clip(floor + up, 0, levels - 1).astype(int) for up in (0, 1))
   assert ((polished == low) | (polished == high)).all()
-  for index in np.ndindex(polished.shape):
-    turned = np.array(polished)
-    turned[index] = low[index] + high[index] - turned[index]
-    assert error_of(turned, weights, fitted, moments) > best * (1 - 1e-5)
+  turned = np.tile(polished, (polished.size, 1, 1, 1))  # each with one code turned
+  for row, index in enumerate(np.ndindex(polished.shape)):
+    turned[row][index] = low[index] + high[index] - turned[row][index]
+  errors = jax.vmap(error_of, (0, None, None, None))(turned, weights, fitted, moments)
+  assert (errors > best * (1 - 1e-5)).all()
 
 
 def test_more_sweeps_never_raise_the_error():
   weights, fitted, moments = small_problem(37, 3, 4, seed=3)
   codes = grid.codes(weights, fitted)
   errors = [
-    error_of(quadratic.polish(codes, weights, fitted, moments, sweeps=n), weights, fitted, moments)
+    error_of(POLISH(codes, weights, fitted, moments, sweeps=n), weights, fitted, moments)
     for n in range(5)
   ]
   assert errors[0] == error_of(codes, weights, fitted, moments)
@@ -159,11 +164,11 @@ def test_more_sweeps_never_raise_the_error():
 
 def test_solution_is_near_the_best_of_all_roundings():
   weights, fitted, moments = small_problem(9, 1, 4, seed=2)
-  floor = jnp.floor(weights / fitted.scale) + fitted.zero_point
+  floor = np.floor(weights / fitted.scale) + fitted.zero_point
   choices = np.array([*itertools.product((0, 1), repeat=9)]).reshape(-1, 1, 9, 1)
-  codes = np.clip(np.asarray(floor)[None] + choices, 0, 3).astype(np.int32)
-  best = min(error_of(candidate, weights, fitted, moments) for candidate in codes)
-  solution = quadratic.solve(
+  codes = np.clip(floor[None] + choices, 0, 3).astype(np.int32)
+  best = jax.vmap(error_of, (0, None, None, None))(codes, weights, fitted, moments).min()
+  solution = SOLVE(
     weights, fitted, moments, schedule=QUICK._replace(num_steps=200), stop="never", sweeps=10
   )
   assert best * (1 - 1e-5) <= solution.error <= 1.15 * best
@@ -173,14 +178,14 @@ def test_solution_is_near_the_best_of_all_roundings():
 def test_never_above_nearest():
   weights, fitted, moments = small_problem(9, 2, 3)
   useless = Schedule(num_steps=1, learning_rate=50.0, weight=0.0, warmup=0.0)
-  solution = quadratic.solve(weights, fitted, moments, schedule=useless, stop="never", sweeps=0)
+  solution = SOLVE(weights, fitted, moments, schedule=useless, stop="never", sweeps=0)
   assert solution.error == solution.error_nearest
   np.testing.assert_array_equal(solution.codes, grid.codes(weights, fitted))
 
 
 def test_plateau_ends_early_and_close_to_the_full_run():
   weights, fitted, moments = small_problem(30, 4, 16)
-  run = functools.partial(quadratic.solve, weights, fitted, moments, sweeps=0)
+  run = functools.partial(SOLVE, weights, fitted, moments, sweeps=0)
   schedule = QUICK._replace(num_steps=400, weight=1.0)
   full, early = (run(schedule=schedule, stop=stop) for stop in ("never", "plateau"))
   assert full.steps == 400

@@ -125,7 +125,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(pair, plans, everything, mon
 
   def limited(site, layer, kernels, *rest, **options):
     sizes.append(len(site.models))
-    if len(site.models) > 3:
+    if len(site.models) > 1:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     return solve(site, layer, kernels, *rest, **options)
 
