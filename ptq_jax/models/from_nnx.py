@@ -55,25 +55,18 @@ class FromNNX(nn.Module):
     model = nnx.merge(graph, *states, rest)
     model.train() if train else model.eval()
     parts = [(tuple(map(str, path)), part) for path, part in nnx.iter_graph(model)]
-    if train and self.has_rng("dropout") and any(isinstance(p, nnx.RngStream) for _, p in parts):
-      key = self.make_rng("dropout")
-      for number, (_, part) in enumerate(parts):
-        if isinstance(part, nnx.RngStream):
-          part.key[...] = jax.random.fold_in(key, number)
-    before = {path: part[...] for path, part in parts if isinstance(part, nnx.Variable)}
-    trace = tracers.current_trace()
-    for path, module in parts:
-      kind = LINEN.get(type(module))
-      if kind is not None and kind[1].fits(module):
-        subclass, counterpart = kind
-        object.__setattr__(module, "__class__", subclass)
-        scope = _scope(self.scope, path)
-        object.__setattr__(module, "as_linen", functools.partial(counterpart, scope=scope))
-        object.__setattr__(module, "trace", trace)
-    outputs = model(images, **call.mode(model, train=train))
+    streams = [part for _, part in parts if isinstance(part, nnx.RngStream)]
+    if streams and train and self.has_rng("dropout"):
+      keys = jax.random.split(self.make_rng("dropout"), len(streams))
+      for stream, key in zip(streams, keys, strict=True):
+        stream.key[...] = key
+    before = [(path, part, part[...]) for path, part in parts if isinstance(part, nnx.Variable)]
     for path, part in parts:
-      if path in before and part[...] is not before[path]:
-        self._keep(path, part, train)
+      _run_as_linen(part, self.scope, path)
+    outputs = model(images, **call.mode(model, train=train))
+    for path, variable, value in before:
+      if variable[...] is not value:
+        self._keep(path, variable, train)
     return outputs
 
   def _keep(self, path, variable, train):
@@ -168,6 +161,20 @@ def _scope(scope, names):
   for name in names:
     scope = scope.push(name, reuse=True)
   return scope
+
+
+def _run_as_linen(module, scope, path) -> None:
+  """Makes a module of a kind that Linen has run as that on the variables at its path."""
+  kind = LINEN.get(type(module))
+  if kind is not None and kind[1].fits(module):
+    subclass, counterpart = kind
+    changes = {
+      "__class__": subclass,
+      "as_linen": functools.partial(counterpart, scope=_scope(scope, path)),
+      "trace": tracers.current_trace(),
+    }
+    for name, value in changes.items():
+      object.__setattr__(module, name, value)
 
 
 def _observed(kind):
