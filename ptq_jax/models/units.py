@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import tracers
 
 from ptq_jax import trees
 from ptq_jax.base import Array, ArrayLike, Variables
@@ -235,7 +236,8 @@ def _seen(model, variables, images, paths) -> set[str]:
   """Of some layers those whose calls can be watched from outside; all, if the model resists."""
 
   def sow(module, *_):
-    module.sow(OUTPUTS, "calls", 0)
+    if may_sow(module):
+      module.sow(OUTPUTS, "calls", 0)
 
   try:
     with nn.intercept_methods(observer(sow)):
@@ -244,6 +246,11 @@ def _seen(model, variables, images, paths) -> set[str]:
     return set(paths)
   flat = trees.flatten(sown)
   return {path for path in paths if f"{OUTPUTS}/{path}/calls" in flat}
+
+
+def may_sow(module: nn.Module) -> bool:
+  """Whether what a module sows gets out: not from inside `jax.vmap` and the like, used as such."""
+  return module.scope.trace_level == tracers.current_trace()
 
 
 def layers(
@@ -539,7 +546,7 @@ def _describe(module, path, inputs, outputs, shapes, options) -> Layer | str:
   return found if isinstance(found, str) else Layer(path, **geometry, **found)
 
 
-HIDDEN = "it runs in a loop or a map (nn.RNN, nn.scan, nn.vmap), where its inputs cannot be seen"
+HIDDEN = "it runs in a loop or a map (nn.RNN, nn.scan, jax.vmap), where its inputs cannot be seen"
 LIFTED = "it is scanned or vmapped, or its kernel has another shape than that of such a layer"
 
 

@@ -64,7 +64,7 @@ def calls(
 
   def sow(module, path, inputs, outputs, options):
     del options
-    if path in wanted:
+    if path in wanted and units.may_sow(module):
       module.sow(COLLECTION, "call", (inputs, outputs))
 
   options = {"interceptor": units.observer(sow), "mutable": [COLLECTION]}

@@ -123,10 +123,13 @@ def test_layers_in_a_loop_stay_in_full_precision():
     def __call__(self, images, train: bool = False):
       rows = nn.RNN(nn.SimpleCell(4), name="loop")(images.mean(-1))
       column = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})
-      return nn.Dense(3, name="head")(column(4, name="column")(rows).mean(1))
+      one = nn.Dense(4, name="one")
+      x = column(4, name="column")(rows).mean(1)
+      x = one(x) if self.is_initializing() else jax.vmap(one)(x)
+      return nn.Dense(3, name="head")(x)
 
   variables = fresh.variables(Model(), IMAGES)
-  kernels = {"SimpleCell_0/i": [8, 4], "SimpleCell_0/h": [4, 4], "column": [4, 4]}
+  kernels = {"SimpleCell_0/i": [8, 4], "SimpleCell_0/h": [4, 4], "column": [4, 4], "one": [4, 4]}
   with pytest.warns(UserWarning, match="stay in full precision") as told:
     result, info = quantized("nearest", Model(), variables)
   assert [record.name for record in info if record.grids[record.name].levels] == ["head"]
