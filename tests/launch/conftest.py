@@ -29,7 +29,7 @@ for line in sys.stdin:
     continue
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   for number, name in ((1, "stdout"), (2, "stderr")):
-    os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY), number)
   os.chdir(where)
   sys.path[0] = where
   sys.argv = arguments
@@ -52,6 +52,8 @@ class Process:
 
   def __init__(self, ask, program, arguments, where, folder: pathlib.Path):
     self._ask, self._folder, self._code = ask, folder, None
+    for name in ("stdout", "stderr"):
+      (folder / name).touch()
     self.pid = ask([program, arguments, str(where), str(folder)])
 
   def poll(self) -> int | None:
