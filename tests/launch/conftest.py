@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -110,12 +111,18 @@ def execute(server, tmp_path_factory):
   """A function that starts a program, text of Python, with its arguments."""
   folder, count = tmp_path_factory.mktemp("said"), itertools.count()
 
+  started = []
+
   def run(program, *arguments, name="-c", where=ROOT):
     own = folder / str(next(count))
     own.mkdir()
-    return Process(server, program, [name, *map(str, arguments)], where, own)
+    started.append(Process(server, program, [name, *map(str, arguments)], where, own))
+    return started[-1]
 
-  return run
+  yield run
+  for process in started:  # of a test that failed
+    if process.poll() is None:
+      process.send(signal.SIGKILL)
 
 
 @pytest.fixture
