@@ -249,7 +249,7 @@ def cost_of(opened: Audit) -> Cost:
   config, data = opened.config, opened.dataset
   train, pool = config.train, len(data.train_labels)
   models, variants = train.models + train.targets, len(opened.variants())
-  scored = models * (1 + variants) * (config.queries.views * pool + len(data.test_labels))
+  scored = models * (1 + variants) * (opened.num_views * pool + len(data.test_labels))
   forward = flops.forward(opened.model, image_shape=data.image_shape, dtype=data.fed(1).dtype)
   return Cost(
     models=models,

@@ -256,8 +256,7 @@ class Audit:
   def stamp(self, variant: Variant) -> str:
     """Changes with every setting that the scores of a variant depend on."""
     config = self.settled
-    queries = {key: config["queries"][key] for key in ("views", "augmentation")}
-    found = [self.work.stamp, queries]
+    found = [self.work.stamp, self.num_views, config["queries"]["augmentation"]]
     if variant != FULL_PRECISION:
       shared = ("overrides", "calibration_size", "calibration_augmentation", "calibrate_on")
       quantize = {key: config["quantize"][key] for key in shared}
@@ -302,6 +301,11 @@ class Audit:
     return problem is not None
 
   @property
+  def num_views(self) -> int:
+    """Queries of each example; without augmentation all views would be the same."""
+    return self.config.queries.views if self.config.queries.augmentation else 1
+
+  @property
   def _predictors(self):
     """Scores and correctness on the fixed views of the pool, and correctness on test images."""
     queries, recipe = self.config.queries, self.recipe
@@ -310,7 +314,7 @@ class Audit:
       recipe.mean,
       recipe.std,
       self.config.seed,
-      queries.views,
+      self.num_views,
       tuple(queries.augmentation),
     )
 

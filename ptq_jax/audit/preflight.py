@@ -264,6 +264,11 @@ def check(audit: Audit) -> None:
       audit.say(capture.in_full_precision(survey.kept))
     for method in quantize.methods:
       plan.grid_options(audit.layers, plans, audit.method_options(method).get("grid_options"))
+  if audit.num_views < config.queries.views:
+    audit.say(
+      f"queries.augmentation is empty, so all {config.queries.views} views (queries.views) of an "
+      "example are the same; each is queried once."
+    )
   members = len(audit.dataset.train_labels) // 2
   if config.quantize.calibration_size > members:
     audit.say(

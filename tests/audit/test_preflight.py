@@ -9,7 +9,7 @@ import pytest
 from ptq_jax import audit, settings, storage
 from ptq_jax.audit import layout, preflight
 from ptq_jax.data import load
-from tests.audit.conftest import opened, tiny_config, unchecked
+from tests.audit.conftest import Heard, opened, tiny_config, unchecked
 
 BAD = {
   "seed": (-1, 2**32, True),
@@ -313,6 +313,17 @@ def test_no_device_is_not_taken_for_a_model_that_does_not_fit(tmp_path, monkeypa
   monkeypatch.setattr(preflight.jax, "devices", devices)
   with pytest.raises(AssertionError):
     opened(tmp_path)
+
+
+def test_views_that_would_be_the_same_are_one_aloud(tmp_path):
+  heard = Heard()
+  config = tiny_config(queries__views=3, queries__augmentation=())
+  audit = preflight.open_audit(config, tmp_path, listener=heard)
+  assert audit.num_views == 1
+  assert any("all 3 views (queries.views) of an example are the same" in each for each in heard)
+  augmented = tiny_config(queries__views=3, queries__augmentation=("flip",))
+  assert preflight.open_audit(augmented, tmp_path / "other", listener=heard).num_views == 3
+  assert len([each for each in heard if "queries.views" in each]) == 1
 
 
 def test_too_many_calibration_images_are_capped_aloud(tmp_path):
