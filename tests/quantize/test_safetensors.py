@@ -1,5 +1,6 @@
 """safetensors: read back by the loader that the documentation shows, and what is refused."""
 
+import inspect
 import json
 import textwrap
 
@@ -14,7 +15,7 @@ from ptq_jax.quantize import grid, pack, safetensors
 
 def documented_loader():
   """The function `load` in the text of `safetensors.save`."""
-  text = textwrap.dedent(safetensors.save.__doc__.split("::\n\n")[1].split("  Args:")[0])
+  text = textwrap.dedent(inspect.getdoc(safetensors.save).split("::\n\n")[1].split("Args:")[0])
   scope = {"np": np, "json": json}
   exec(text, scope)
   return scope["load"]
