@@ -87,6 +87,8 @@ def open_audit(
     require_own(audit)
     if sentence := unused_gpu():
       audit.say(sentence)
+    if trained != root / "models" and work.read(trained) is None:
+      audit.say(f"{trained} holds no models yet; they are trained there.")
     counts = {"shadows": config.train.models, "targets": config.train.targets}
     found = work.settle(
       trained,

@@ -125,6 +125,17 @@ def waits(audit, lock, stage):
   return done.result()
 
 
+def test_a_folder_for_models_without_any_is_told(tmp_path):
+  said = []
+  for name in ("one", "two"):
+    said.append(Heard())
+    preflight.open_audit(
+      tiny_config(), tmp_path / name, trained=tmp_path / "shared", listener=said[-1]
+    )
+  sentence = f"{tmp_path / 'shared'} holds no models yet; they are trained there."
+  assert [sentence in heard for heard in said] == [True, False]
+
+
 def test_audits_that_share_models_take_turns_with_them_and_share_nothing_else(finished, tmp_path):
   models = tmp_path / "models"
   shutil.copytree(finished / "models", models)
