@@ -28,4 +28,5 @@ def get_config(arg=""):
     (config.quantize, "calibration_augmentation"),
   ):
     section[key] = ("shift1",)
+  config.queries.views = 2
   return config

@@ -30,6 +30,7 @@ def study(arg: str, *, data: str, last_layers=("same", "usual"), only=(), small_
   config.name = f"{data} {protocol}" + (f", {recipe} recipe" if recipe else "")
   config.data.name = data
   augmented(config, ("flip", "crop4"))
+  config.queries.views = 2
   config.quantize.last_layer_levels = last_layers[-1:]
   protocols[protocol](config)
   if protocol == "fast":

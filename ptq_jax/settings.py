@@ -132,7 +132,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_minutes": (5.0, "between checkpoints"),
   },
   "queries": {
-    "views": (2, "augmented queries of each example, the same for every model; 1 without them"),
+    "views": (1, "augmented queries of each example, the same for every model"),
     "augmentation": ((), "of queries, as train.augmentation"),
     "batch_size": (500, "examples scored at once"),
   },

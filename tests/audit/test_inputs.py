@@ -20,7 +20,6 @@ SMALL = {
   "train.epochs": 40,
   "train.batch_size": 10,
   "train.learning_rate": 0.05,
-  "queries.views": 1,
   "quantize.methods": METHODS,
   "quantize.levels": (4,),
   "quantize.calibration_size": 20,

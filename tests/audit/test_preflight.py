@@ -158,7 +158,7 @@ def test_every_key_is_tried():
     ({"train__epochs": 3}, "train.epochs is 3, was 2"),
     ({"model__width": 3, "train__epochs": 3}, "model.width is 3, was 2; train.epochs is 3, was 2"),
     ({"quantize__calibration_size": 11}, "quantize.calibration_size is 11, was 10"),
-    ({"queries__views": 1}, "queries.views is 1, was 2"),
+    ({"queries__views": 2}, "queries.views is 2, was 1"),
     ({"train__models": 6}, "has trained shadows 4 to 7, but train.models asks for 6"),
     ({"data__pool_size": 40}, "pool_size is 40, was 60"),
     ({"quantize__obc": {"damping": 0.1}, "quantize__calibrate_on": "non_members"}, "calibrate_on"),

@@ -17,7 +17,7 @@ def test_an_audit_of_tokens(launch, tmp_path):
     "audit", "--workdir=mine", "--config.data.name=npz",
     "--config.data.path=set.npz", "--config.model.name=transformer", "--config.model.width=4",
     "--config.model.depth=0", "--config.model.num_heads=1", "--config.train.models=6",
-    "--config.train.epochs=40", "--config.train.batch_size=10", "--config.queries.views=1",
+    "--config.train.epochs=40", "--config.train.batch_size=10",
     "--config.train.learning_rate=0.05", "--config.quantize.methods=('nearest','brecq','obc')",
     "--config.quantize.levels=4", "--config.quantize.calibration_size=20",
     "--config.attack.attacks=lira_online_pooled", "--config.attack.resamples=20",
