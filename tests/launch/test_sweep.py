@@ -121,7 +121,7 @@ def test_the_plan_counts_each_training_once(tmp_path):
   per_image = flops.training(opened.model, image_shape=(8, 8, 1))
   assert sweep.short(images * per_image) + "FLOP" in text
   assert f"Quantized models: {2 * 6 * (1 + 2)}." in text
-  assert f"Scoring: {2 * 6 * (2 + 3) * (2 * 60 + 20):,} examples" in text
+  assert f"Scoring: {2 * 6 * (2 + 3) * (60 + 20):,} examples" in text
 
 
 def modified(root):
