@@ -42,7 +42,7 @@ def random_variables(model: nn.Module, examples: Shaped[np.ndarray, "n ..."]) ->
 
 def _moved(leaf):
   """A statistic that is no longer what it begins with, often a neutral 1."""
-  return leaf * 1.5 if np.issubdtype(leaf.dtype, np.floating) else leaf
+  return leaf * 1.5 if jax.dtypes.issubdtype(leaf.dtype, np.floating) else leaf
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -73,7 +73,8 @@ class FromNNX(nn.Module):
     """Takes over what the model itself has changed.
 
     Raises:
-      ValueError: for weights; in training for all but batch statistics and random numbers.
+      ValueError: for weights; for batch statistics in evaluation mode; in training for all but
+        these and random numbers.
     """
     *owners, name = path
     if isinstance(variable, nnx.Param):
@@ -82,8 +83,12 @@ class FromNNX(nn.Module):
         "nnx.SpectralNorm does; such a model is not supported."
       )
     if isinstance(variable, nnx.BatchStat):
-      if self.is_mutable_collection("batch_stats"):
-        _scope(self.scope, owners).put_variable("batch_stats", name, variable[...])
+      if not self.is_mutable_collection("batch_stats"):
+        raise ValueError(
+          f"the model changes its batch statistics {trees.join(path)!r} in evaluation mode, too; "
+          f"let its __call__ have one of the arguments {', '.join(call.TRAINING)}, which tell it."
+        )
+      _scope(self.scope, owners).put_variable("batch_stats", name, variable[...])
     elif train and not isinstance(variable, nnx.RngState | nnx.Intermediate):
       raise ValueError(
         f"the model itself changes {trees.join(path)!r} in training, which would be lost, for it "

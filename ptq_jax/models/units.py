@@ -190,21 +190,24 @@ def _survey(hashable, tree, leaves) -> Survey:
   found: dict[str, list[Layer | str]] = {}
   modules: dict[str, str] = {}
   active: list[type] = []  # classes of the modules whose calls are running
-  changed: set[str] = set()  # layers whose kernel is not the one that they are given
+  began: list[Any] = []  # the trace of the model's own call
+  inside: set[str] = set()  # layers that run in another one
   shapes = {path: np.shape(leaf) for path, leaf in trees.flatten(variables).items()}
 
   def note(module, path, inputs, outputs, options):
     found.setdefault(path, []).append(
       _describe(module, path, inputs.shape, outputs.shape, shapes, options)
     )
-    if any(issubclass(kind, nn.WeightNorm) for kind in active):
-      changed.add(path)
+    if tracers.current_trace() != began[0] and nn.WeightNorm not in active:  # that is refused
+      inside.add(path)
 
   def name(next_function, args, kwargs, context):
     modules[trees.join(context.module.path)] = type(context.module).__name__
     if isinstance(context.module, nn.Embed) and context.method_name == "attend":
       path = trees.join(context.module.path)
       found.setdefault(path, []).append("also read by attend()")
+    if not began:
+      began.append(tracers.current_trace())
     active.append(type(context.module))
     try:
       return next_function(*args, **kwargs)
@@ -213,11 +216,11 @@ def _survey(hashable, tree, leaves) -> Survey:
 
   with nn.intercept_methods(name), nn.intercept_methods(observer(note)):
     _run_abstractly(model, variables, images)
-  seen = changed | _seen(model, variables, images, found)
+  hidden = inside - _seen(model, variables, images) if inside else inside
   layers, reasons = [], {}
   for path, described in found.items():
     reason = next((each for each in described if isinstance(each, str)), None)
-    if reason is None and path not in seen:
+    if reason is None and path in hidden:
       reason = HIDDEN
     first, *also = described
     if reason is None:
@@ -232,10 +235,12 @@ def _survey(hashable, tree, leaves) -> Survey:
   return Survey(tuple(layers), tuple(_kept(layers, reasons, modules, shapes)))
 
 
-def _seen(model, variables, images, paths) -> set[str]:
-  """Of some layers those whose calls can be watched from outside; all, if the model resists."""
+def _seen(model, variables, images) -> set[str]:
+  """Layers whose calls can be watched from outside; all that run, if the model resists."""
+  found: set[str] = set()
 
-  def sow(module, *_):
+  def sow(module, path, *_):
+    found.add(path)
     if may_sow(module):
       module.sow(OUTPUTS, "calls", 0)
 
@@ -243,9 +248,9 @@ def _seen(model, variables, images, paths) -> set[str]:
     with nn.intercept_methods(observer(sow)):
       _, sown = _run_abstractly(model, variables, images, mutable=[OUTPUTS])
   except ValueError:  # nn.map_variables takes it for an initialisation
-    return set(paths)
+    return found
   flat = trees.flatten(sown)
-  return {path for path in paths if f"{OUTPUTS}/{path}/calls" in flat}
+  return {path for path in found if f"{OUTPUTS}/{path}/calls" in flat}
 
 
 def may_sow(module: nn.Module) -> bool:

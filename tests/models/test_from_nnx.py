@@ -174,6 +174,17 @@ def test_what_training_would_lose_is_refused(own, message):
     trained(model, variables)
 
 
+def test_statistics_that_change_in_evaluation_are_refused():
+  class Always(Changing):
+    def __call__(self, x):
+      return super().__call__(x, train=True)
+
+  model = from_nnx.adapt(Always, own=nnx.BatchStat)
+  variables = call.init(model, jax.random.key(0), IMAGES)
+  with pytest.raises(ValueError, match="batch statistics 'own' in evaluation mode, too"):
+    call.apply(model, variables, IMAGES)
+
+
 def doubled(*args, **kwargs):
   return 2 * jax.lax.dot_general(*args, **kwargs)
 
