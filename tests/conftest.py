@@ -21,9 +21,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # launched programs inherit it
+# A traceback for every operation of a program is a tenth of the time of tests that compile.
+os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "0"
 
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -33,7 +36,7 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
 MEMORY_BYTES = 1.6e9
-"""A worker that holds more forgets its programs at once, not only after a module."""
+"""A worker that holds more forgets its programs."""
 
 
 def forget():
@@ -62,14 +65,9 @@ def pytest_collection_modifyitems(items):
   items.sort(key=rank)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-  yield
-  forget()
-
-
 @pytest.fixture(autouse=True)
-def stay_small(forget_programs):
+def stay_small():
+  """Modules share what was traced and compiled, as long as there is room."""
   yield
   if held_bytes() > MEMORY_BYTES:
     forget()

@@ -134,11 +134,6 @@ def small_figure():
   return figure
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-  """Not after each module: the audits of all run the same programs. A module of others forgets."""
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
   """Run once in a process, for all modules of these tests."""
