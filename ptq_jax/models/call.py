@@ -11,6 +11,7 @@ import flax.linen as nn
 from flax import nnx
 
 from ptq_jax.base import Array, ArrayLike, Key, PyTree, Shaped, Variables
+from ptq_jax.models import conv
 
 TRAINING = ("train", "training", "is_training")
 """Arguments that are True while a model trains."""
@@ -40,14 +41,15 @@ def apply(
   train: bool = False,
   **options,
 ) -> PyTree:
-  """`model.apply` in evaluation mode, or with `train` in training mode.
+  """`model.apply` in evaluation mode, or with `train` in training mode, see also `conv.adopter`.
 
   Args:
     **options: of `flax.linen.Module.apply`, such as `mutable`.
   Returns:
     The logits, or logits and changed collections where `mutable` asks for them.
   """
-  return model.apply(variables, images, **mode(model, train=train), **options)
+  with nn.intercept_methods(conv.adopter()):
+    return model.apply(variables, images, **mode(model, train=train), **options)
 
 
 def init(model: nn.Module, key: Key, images: Shaped[Array, "n ..."]) -> Variables:

@@ -10,7 +10,9 @@ parts (forward, gradient of the images, gradient of the kernel) picks its own lo
 * both differ: "unrolled" (one convolution per model), "patches" (batched matrix products over
   extracted patches) or "grouped" (what JAX does by itself), see `choose_lowering`.
 
-Use it in any Flax model: `nn.Conv(..., conv_general_dilated=conv.conv_general_dilated)`.
+A convolution that has groups itself does on a CPU without those that XLA has for it (`_in_groups`).
+
+`adopter` gives it to the `nn.Conv` of any Flax model; `models.call` does so.
 """
 
 import contextlib
@@ -18,11 +20,13 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.core import tracers
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -41,7 +45,7 @@ class Geometry(NamedTuple):
   padding: tuple[tuple[int, int], tuple[int, int]]
   dilation: tuple[int, int]  # of the kernel
   groups: int
-  precision: str | None
+  precision: Any
   lowering: str | None  # None: that of `lowered_as`, or the one that `choose_lowering` picks
 
 
@@ -65,8 +69,7 @@ def conv_general_dilated(
   Args:
     lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
       feature_group_count, precision: as `jax.lax.conv_general_dilated`.
-    lowering: one of `LOWERINGS` under vmap; None: chosen by shape and platform. One that has
-      groups itself is never made of patches, but unrolled instead.
+    lowering: one of `LOWERINGS` under vmap; None: chosen by shape and platform.
   Raises:
     ValueError: for other layouts, a dilated input, or an unknown lowering.
   """
@@ -83,11 +86,41 @@ def conv_general_dilated(
     window = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], dilation, strict=True)]
     padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
   padding = tuple((int(low), int(high)) for low, high in padding)
-  precision = precision if precision is None or isinstance(precision, str) else str(precision)
   geometry = Geometry(
     tuple(window_strides), padding, dilation, feature_group_count, precision, lowering
   )
   return _conv(geometry, lhs, rhs)
+
+
+def adopter() -> Callable:
+  """An interceptor (`flax.linen.intercept_methods`) that makes plain `nn.Conv` modules use it.
+
+  Those are of two dimensions, with inputs that are not dilated and no convolution of their own, and
+  run where this was called: a model that takes a derivative itself needs one that has more of them.
+  """
+  trace = tracers.current_trace()
+
+  def adopt(next_function, args, kwargs, context):
+    module = context.module
+    plain = (
+      context.method_name == "__call__"
+      and isinstance(module, nn.Conv)
+      and np.size(module.kernel_size) == 2
+      and np.all(np.asarray(module.input_dilation or 1) == 1)
+      and module.conv_general_dilated in (None, jax.lax.conv_general_dilated)
+      and module.conv_general_dilated_cls is None
+      and tracers.current_trace() == trace
+    )
+    if not plain:
+      return next_function(*args, **kwargs)
+    before = module.conv_general_dilated
+    object.__setattr__(module, "conv_general_dilated", conv_general_dilated)  # modules are frozen
+    try:
+      return next_function(*args, **kwargs)
+    finally:
+      object.__setattr__(module, "conv_general_dilated", before)
+
+  return adopt
 
 
 _lowering = contextvars.ContextVar("lowering", default=None)
@@ -133,11 +166,11 @@ def choose_lowering(*, platform: str, num_models: int, flop: int, groups: int) -
     times as much, and grouped half. How fast the chip is at each only `bench device` can tell;
     train.lowering="measure" asks for it in a training.
   """
-  if num_models == 1 or groups > 1:
+  if num_models == 1:
     return "unrolled"
   if platform == "cpu":
     return "unrolled" if flop > 2e7 else "patches"
-  return "grouped" if platform == "tpu" else "unrolled"
+  return "grouped" if platform == "tpu" and groups == 1 else "unrolled"
 
 
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
@@ -211,8 +244,8 @@ def _plain(geometry, images, kernel):
   )
 
 
-def _patches(geometry, kernel_size, images):
-  """[n, h, w, kh * kw * I], in the order of a kernel flattened to [kh * kw * I, O]."""
+def _windows(geometry, kernel_size, images):
+  """What each of the kh * kw entries of a kernel is multiplied with, [n, h, w, I] each."""
   padded = jnp.pad(images, ((0, 0), *geometry.padding, (0, 0)))
   size = _output_size(geometry, kernel_size, images.shape[1:3])
 
@@ -222,9 +255,52 @@ def _patches(geometry, kernel_size, images):
     return slice(start, start + (size[axis] - 1) * stride + 1, stride)
 
   rows, columns = (range(k) for k in kernel_size)
-  return jnp.concatenate(
-    [padded[:, window(i, 0), window(j, 1)] for i in rows for j in columns], axis=-1
-  )
+  return [padded[:, window(i, 0), window(j, 1)] for i in rows for j in columns]
+
+
+def _patches(geometry, kernel_size, images):
+  """[n, h, w, kh * kw * I], in the order of a kernel flattened to [kh * kw * I, O]."""
+  return jnp.concatenate(_windows(geometry, kernel_size, images), axis=-1)
+
+
+def _in_groups(geometry, images, kernel):
+  """A convolution that has groups, of products alone: on a CPU XLA has no fast one.
+
+  A depthwise one takes 3 to 40 times as long there, forward and backward, as this sum of shifted
+  images, and the kernel's gradient of one with larger groups 5 to 60 times (BUILD_NOTES.md).
+  """
+  *size, depth, features = kernel.shape
+  windows, groups = _windows(geometry, size, images), geometry.groups
+  kernels = kernel.reshape(len(windows), depth, groups, -1)
+  if depth > 1:
+    stacked = jnp.stack(windows, axis=-2)
+    stacked = stacked.reshape(*stacked.shape[:-1], groups, depth)
+    out = _product(geometry, "nhwtgd,tdgo->nhwgo", stacked, kernels)
+  else:
+    wide = jnp.promote_types(images.dtype, jnp.float32)  # half precision is summed up in float32
+    pairs = zip(windows, kernels[:, :, None, None].astype(wide), strict=True)
+    out = sum(window[..., None].astype(wide) * each for window, each in pairs)
+  return out.reshape(*out.shape[:3], features).astype(images.dtype)
+
+
+LARGEST_WINDOW = 64
+"""Entries of a kernel for which `_in_groups` takes the place of XLA's convolution; it compiles a
+product for each."""
+
+
+def _lacks_fast(geometry, kernel_size):
+  """Whether XLA has no fast gradient of the kernel here, nor anything fast if it is depthwise."""
+  small = math.prod(kernel_size) <= LARGEST_WINDOW
+  return geometry.groups > 1 and small and jax.default_backend() == "cpu"
+
+
+def _apart(function, *arrays):
+  """The result of a function that XLA:CPU fuses with nothing of what its arguments are made of.
+
+  Else it repeats all elementwise work since the last convolution for every entry of the kernel.
+  """
+  with set_xla_metadata(inlineable="false"):
+    return jax.jit(function)(*arrays)
 
 
 def _output_size(geometry, kernel_size, image_size):
@@ -244,9 +320,13 @@ def _forward(geometry):
     return 2 * kernel.size * len(images) * pixels
 
   def one(images, kernel):
+    if kernel.shape[2] == 1 and _lacks_fast(geometry, kernel.shape[:2]):
+      return _apart(functools.partial(_in_groups, geometry), images, kernel)
     return _plain(geometry, images, kernel)
 
   def by_patches(images, kernel):
+    if geometry.groups > 1:
+      return _in_groups(geometry, images, kernel)
     patches = _patches(geometry, kernel.shape[:2], images)
     return _product(geometry, "nhwd,do->nhwo", patches, kernel.reshape(-1, kernel.shape[-1]))
 
@@ -270,11 +350,18 @@ def _image_gradient(geometry, image_size):
     depth = kernel.shape[2] * geometry.groups
     return jax.ShapeDtypeStruct((cotangent.shape[0], *image_size, depth), cotangent.dtype)
 
-  def one(cotangent, kernel):
+  def transposed(convolution, cotangent, kernel):
     images = shape(cotangent, kernel)
-    return jax.linear_transpose(lambda x: _plain(geometry, x, kernel), images)(cotangent)[0]
+    return jax.linear_transpose(lambda x: convolution(geometry, x, kernel), images)(cotangent)[0]
+
+  def one(cotangent, kernel):
+    if kernel.shape[2] == 1 and _lacks_fast(geometry, kernel.shape[:2]):
+      return _apart(functools.partial(transposed, _in_groups), cotangent, kernel)
+    return transposed(_plain, cotangent, kernel)
 
   def by_patches(cotangent, kernel):
+    if geometry.groups > 1:
+      return transposed(_in_groups, cotangent, kernel)
     matrix = kernel.reshape(-1, kernel.shape[-1])
     patches = _product(geometry, "nhwo,do->nhwd", cotangent, matrix)
     gather = functools.partial(_patches, geometry, kernel.shape[:2])
@@ -288,13 +375,19 @@ def _image_gradient(geometry, image_size):
 
 @functools.cache
 def _kernel_gradient(geometry, kernel_size):
-  def one(images, cotangent):
+  def transposed(convolution, images, cotangent):
     shape = (*kernel_size, images.shape[-1] // geometry.groups, cotangent.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, images.dtype)
-    images = _materialised(images)
-    return jax.linear_transpose(lambda k: _plain(geometry, images, k), kernel)(cotangent)[0]
+    return jax.linear_transpose(lambda k: convolution(geometry, images, k), kernel)(cotangent)[0]
+
+  def one(images, cotangent):
+    if _lacks_fast(geometry, kernel_size):
+      return _apart(functools.partial(transposed, _in_groups), images, cotangent)
+    return transposed(_plain, _materialised(images), cotangent)
 
   def by_patches(images, cotangent):
+    if geometry.groups > 1:
+      return transposed(_in_groups, images, cotangent)
     patches = _patches(geometry, kernel_size, images)
     matrix = _product(geometry, "nhwd,nhwo->do", patches, cotangent)
     return matrix.reshape(*kernel_size, -1, cotangent.shape[-1])
@@ -309,20 +402,13 @@ def _kernel_gradient(geometry, kernel_size):
 def _materialised(images):
   """The images with batch and channels swapped in memory, as the kernel's gradient wants them.
 
-  Left alone, XLA:CPU fuses that transposition with all elementwise work since the last convolution
-  and does it again for every entry, in strides that defeat the cache: a third of a training step. A
-  call that is not inlined keeps the two apart.
+  Left alone, XLA:CPU fuses that transposition with what went before, in strides that defeat the
+  cache: a third of a training step.
   """
   if jax.default_backend() != "cpu":
     return images
-  with set_xla_metadata(inlineable="false"):
-    swapped = _swap_batch_and_channels(images)
-  return jnp.transpose(swapped, (3, 1, 2, 0))
-
-
-@jax.jit
-def _swap_batch_and_channels(images):
-  return jnp.transpose(images, (3, 1, 2, 0))
+  axes = (3, 1, 2, 0)
+  return jnp.transpose(_apart(functools.partial(jnp.transpose, axes=axes), images), axes)
 
 
 def _product(geometry, subscripts, first, second):
@@ -362,7 +448,7 @@ def _batched(geometry, one, by_patches, flop, *, shared_first=None, shared_secon
         groups=geometry.groups,
       )
     )
-    if lowering == "unrolled" or (lowering == "patches" and geometry.groups > 1):
+    if lowering == "unrolled":
       return jnp.stack([function(*pair) for pair in pairs]), True
     return jax.vmap(by_patches if lowering == "patches" else one, axes)(first, second), True
 

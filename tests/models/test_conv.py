@@ -1,11 +1,13 @@
 import functools
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptq_jax.models import conv
+from ptq_jax.models import call, conv
 from tests import programs
 
 GEOMETRIES = {
@@ -13,13 +15,17 @@ GEOMETRIES = {
   "strided": ((2, 2), ((1, 1), (1, 1)), (1, 1), 1),
   "valid_dilated": ((1, 1), "VALID", (2, 2), 1),
   "grouped": ((1, 2), ((1, 0), (0, 1)), (1, 1), 2),
+  "depthwise": ((2, 1), "SAME", (1, 2), 4),
 }
+
+
+PRIMITIVE = "conv_general_dilated"
 
 
 def arrays(groups, *, models=None):
   lead = () if models is None else (models,)
   images = jax.random.normal(jax.random.key(0), (*lead, 3, 7, 6, 4))
-  kernel = jax.random.normal(jax.random.key(1), (*lead, 3, 3, 4 // groups, 6))
+  kernel = jax.random.normal(jax.random.key(1), (*lead, 3, 3, 4 // groups, 8))
   return images, kernel
 
 
@@ -112,6 +118,88 @@ def test_no_grouped_convolution_is_left_on_a_cpu():
   assert "feature_group_count=3" in str(jax.make_jaxpr(jax.vmap(plain))(images, kernel))
 
 
+def test_a_depthwise_one_is_products_on_a_cpu():
+  images, kernel = arrays(4)
+  run = functools.partial(value_and_gradients, geometry=GEOMETRIES["depthwise"])
+  left = [
+    programs.count(jax.make_jaxpr(functools.partial(run, function))(images, kernel), PRIMITIVE)
+    for function in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
+  ]
+  assert left == [0, 3] or jax.default_backend() != "cpu"
+
+
+def test_half_precision_is_summed_up_in_single():
+  images, kernel = (jnp.ones(shape, jnp.bfloat16) for shape in ((1, 8, 8, 2), (8, 8, 1, 2)))
+  kernel = kernel.at[0, 0].set(256)
+  out = convolve(conv.conv_general_dilated, images, kernel, ((1, 1), "VALID", (1, 1), 2))
+  assert out.dtype == jnp.bfloat16
+  assert (out == 320).all()  # 256 + 63, to the nearest; in bfloat16 256 + 1 is 256
+
+
+class Stranger(nn.Module):
+  """Convolutions that know nothing of ours: plain, strided, depthwise, of one axis, dilated."""
+
+  convolution: Callable | None = None
+
+  @nn.compact
+  def __call__(self, images):
+    plain = functools.partial(nn.Conv, conv_general_dilated=self.convolution)
+    x = plain(4, (3, 3), padding="CIRCULAR")(images)
+    x = plain(4, [3, 3], strides=(2, 2), padding=((1, 0), (0, 1)))(nn.relu(x))
+    x = plain(8, (3, 3), feature_group_count=4, kernel_dilation=2)(nn.relu(x))
+    x = nn.Conv(4, (2, 2), padding=1, input_dilation=2)(x)
+    return nn.Dense(3)(nn.Conv(4, 3)(x.reshape(len(x), -1, 4)).mean(axis=1))
+
+
+def stranger(convolution=None):
+  """A model, variables of three, and images for each."""
+  model = Stranger(convolution)
+  images = jax.random.normal(jax.random.key(0), (3, 2, 8, 8, 3))
+  return model, jax.vmap(model.init)(jax.random.split(jax.random.key(1), 3), images), images
+
+
+def loss(model, apply, variables, images):
+  return jnp.sum(jnp.sin(apply(model, variables, images)))
+
+
+def test_models_of_others_use_it():
+  model, variables, images = stranger()
+  programs_of = [
+    jax.jit(jax.vmap(jax.grad(functools.partial(loss, model, apply))))
+    for apply in (call.apply, lambda model, *args: model.apply(*args))
+  ]
+  ours, theirs = (program(variables, images) for program in programs_of)
+  for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+  ours, theirs = (str(program.trace(variables, images).jaxpr) for program in programs_of)
+  # Of two convolutions the forward pass and the kernel's gradient, of one that of its inputs.
+  assert theirs.count("feature_group_count=3") - ours.count("feature_group_count=3") == 5
+  assert "feature_group_count=12" in theirs  # the depthwise one
+  assert "feature_group_count=12" not in ours
+
+
+def test_a_convolution_of_their_own_is_left_alone():
+  own = functools.partial(jax.lax.conv_general_dilated)
+  model, variables, images = stranger(own)
+  run = jax.vmap(functools.partial(call.apply, model))
+  assert "feature_group_count=12" in str(jax.make_jaxpr(run)(variables, images))
+
+
+def test_models_that_take_derivatives_themselves_keep_theirs():
+  class Slope(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+      layer = nn.Conv(3, (3, 3))
+      layer(images)  # makes its parameters
+      return jax.jvp(layer, (images,), (images,))[1].mean(axis=(1, 2))
+
+  model, images = Slope(), jnp.ones((2, 4, 4, 1))
+  variables = model.init(jax.random.key(0), images)
+  found = jax.grad(functools.partial(loss, model, call.apply))(variables, images)
+  wanted = jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, images))))(variables)
+  assert_close(jax.tree.leaves(found), jax.tree.leaves(wanted))
+
+
 def test_other_layouts_are_refused():
   images, kernel = arrays(1)
   with pytest.raises(ValueError, match="dimension_numbers must be"):
@@ -139,7 +227,7 @@ def test_lowered_as_overrules_the_choice_inside_and_only_there():
 
   def convolutions():
     run = functools.partial(convolve, conv.conv_general_dilated, geometry=GEOMETRIES["same"])
-    return programs.count(jax.make_jaxpr(jax.vmap(run))(images, kernel), "conv_general_dilated")
+    return programs.count(jax.make_jaxpr(jax.vmap(run))(images, kernel), PRIMITIVE)
 
   chosen = convolutions()
   counts = []
