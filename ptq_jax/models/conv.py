@@ -33,6 +33,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from ptq_jax.base import Array, Float
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+ONE_AXIS = ("NWC", "WIO", "NWC")
 
 LOWERINGS = ("unrolled", "patches", "grouped")
 """What a convolution can become when images and kernels both differ between models."""
@@ -50,8 +51,8 @@ class Geometry(NamedTuple):
 
 
 def conv_general_dilated(
-  lhs: Float[Array, "n H W I"],
-  rhs: Float[Array, "kh kw J O"],
+  lhs: Float[Array, "n *size I"],
+  rhs: Float[Array, "*window J O"],
   window_strides,
   padding,
   lhs_dilation=None,
@@ -61,8 +62,8 @@ def conv_general_dilated(
   precision=None,
   *,
   lowering: str | None = None,
-) -> Float[Array, "n h w O"]:
-  """Drop-in for `jax.lax.conv_general_dilated` on NHWC images and HWIO kernels.
+) -> Float[Array, "n *out O"]:
+  """Drop-in for `jax.lax.conv_general_dilated` on NHWC images and HWIO kernels, or NWC and WIO.
 
   Differs only in how it is batched; reverse-mode differentiable once.
 
@@ -75,8 +76,19 @@ def conv_general_dilated(
   """
   _require_known(lowering)
   numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-  if numbers != jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, DIMENSION_NUMBERS):
-    raise ValueError(f"dimension_numbers must be {DIMENSION_NUMBERS}, got {dimension_numbers}.")
+  known = ONE_AXIS if lhs.ndim == 3 else DIMENSION_NUMBERS
+  if numbers != jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, known):
+    raise ValueError(f"dimension_numbers must be {known}, got {dimension_numbers}.")
+  if lhs.ndim == 3:
+    images, kernel = lhs[:, None], rhs[None]
+    padding = padding if isinstance(padding, str) else ((0, 0), *padding)
+    dilations = ((1, *each) if each else None for each in (lhs_dilation, rhs_dilation))
+    options = {"feature_group_count": feature_group_count, "precision": precision}
+    options |= {"dimension_numbers": DIMENSION_NUMBERS, "lowering": lowering}
+    found = conv_general_dilated(
+      images, kernel, (1, *window_strides), padding, *dilations, **options
+    )
+    return found[:, 0]
   if lhs_dilation is not None and any(d != 1 for d in lhs_dilation):
     raise ValueError(
       f"lhs_dilation must be 1, got {lhs_dilation}; use jax.lax for transposed ones."
@@ -95,8 +107,8 @@ def conv_general_dilated(
 def adopter() -> Callable:
   """An interceptor (`flax.linen.intercept_methods`) that makes plain `nn.Conv` modules use it.
 
-  Those are of two dimensions, with inputs that are not dilated and no convolution of their own, and
-  run where this was called: a model that takes a derivative itself needs one that has more of them.
+  Those are of one or two axes, with inputs that are not dilated and no convolution of their own,
+  and run where this was called: a model that takes derivatives itself keeps JAX's, which has more.
   """
   trace = tracers.current_trace()
 
@@ -105,7 +117,7 @@ def adopter() -> Callable:
     plain = (
       context.method_name == "__call__"
       and isinstance(module, nn.Conv)
-      and np.size(module.kernel_size) == 2
+      and np.size(module.kernel_size) in (1, 2)
       and np.all(np.asarray(module.input_dilation or 1) == 1)
       and module.conv_general_dilated in (None, jax.lax.conv_general_dilated)
       and module.conv_general_dilated_cls is None

@@ -95,6 +95,19 @@ def test_vmap_is_a_loop_over_models(name, shared, lowering):
     assert_close([part[model] for part in batched], one)
 
 
+@pytest.mark.parametrize("options", [{}, {"strides": 2, "padding": "CAUSAL", "kernel_dilation": 2},
+                                     {"padding": ((2, 0),), "feature_group_count": 4}])  # fmt: skip
+def test_one_axis(options):
+  model, x = nn.Conv(8, 3, **options), jax.random.normal(jax.random.key(0), (2, 9, 4))
+  variables = model.init(jax.random.key(1), x)
+  run = functools.partial(loss, model)
+  found, wanted = (
+    jax.grad(functools.partial(run, apply), argnums=(0, 1))(variables, x)
+    for apply in (call.apply, lambda model, *args: model.apply(*args))
+  )
+  assert_close(jax.tree.leaves(found), jax.tree.leaves(wanted))
+
+
 def test_vmap_inside_vmap():
   images, kernel = arrays(1, models=4)
   images, kernel = (a.reshape(2, 2, *a.shape[1:]) for a in (images, kernel))
@@ -137,7 +150,7 @@ def test_half_precision_is_summed_up_in_single():
 
 
 class Stranger(nn.Module):
-  """Convolutions that know nothing of ours: plain, strided, depthwise, of one axis, dilated."""
+  """Convolutions that know nothing of ours: plain, strided, depthwise, dilated, of one axis."""
 
   convolution: Callable | None = None
 
@@ -172,8 +185,7 @@ def test_models_of_others_use_it():
   for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
   ours, theirs = (str(program.trace(variables, images).jaxpr) for program in programs_of)
-  # Of two convolutions the forward pass and the kernel's gradient, of one that of its inputs.
-  assert theirs.count("feature_group_count=3") - ours.count("feature_group_count=3") == 5
+  assert theirs.count("feature_group_count=3") > ours.count("feature_group_count=3") == 3
   assert "feature_group_count=12" in theirs  # the depthwise one
   assert "feature_group_count=12" not in ours
 
