@@ -540,6 +540,7 @@ def warnings(audit: Audit, found: list[dict], omitted: list[str]) -> list[dict]:
   sentences["model"] = " ".join(audit.notes_on_model)
   sentences |= useless(audit.dataset.test_labels, records.select(found, "leakage"))
   sentences["leakage"] = nothing_found(found)
+  sentences["evaluation mode"] = behind_training(found, audit.config)
   sentences |= {f"models, {i + 1}": sentence for i, sentence in enumerate(omitted)}
   leaks = records.select(found, "leakage")
   sentences["member accuracy"] = uncounted(leaks)
@@ -609,6 +610,32 @@ def uncounted(leaks: list[dict]) -> str | None:
   return (
     f"accuracy on members is not known of {len(lacking)} of {len(variants)} variants, whose scores "
     "an earlier version made; delete their folders in scores/ to have them computed anew."
+  )
+
+
+WORSE_IN_EVALUATION = 0.02
+"""By so much the accuracy on members lies below that in training before it is told."""
+
+
+def behind_training(found: list[dict], config) -> str | None:
+  """A sentence if full precision classifies its members worse than it did in its last epoch.
+
+  Only where members are asked about as they were seen in training; its mean over an epoch, by
+  networks that still learn, with dropout, would rather be too low.
+  """
+  curves = records.select(found, "training")
+  leaks = [r for r in records.select(found, "leakage") if records.variant(r) == FULL_PRECISION]
+  if set(config.queries.augmentation) - set(config.train.augmentation) or not (curves and leaks):
+    return None
+  seen = (leaks[0].get("member_accuracy") or {}).get("value")
+  trained = curves[0]["accuracy"][-1]
+  if None in (seen, trained) or trained - seen < WORSE_IN_EVALUATION:
+    return None
+  return (
+    f"in training the networks classify {trained:.1%} of their members, in evaluation mode "
+    f"{seen:.1%}: what they use there, such as running statistics of batch normalisation, lags "
+    "behind (more epochs or a smaller momentum help), so full precision is not at its best, and "
+    "OBC, which estimates such statistics anew, may be more accurate and leak more."
   )
 
 

@@ -219,6 +219,31 @@ def test_scores_of_an_earlier_version_say_nothing_of_their_members(leave_one_out
   assert attacking.uncounted(base.records) is None
 
 
+@pytest.mark.parametrize(
+  ("trained", "seen", "asked", "told"),
+  [
+    (0.996, 0.959, (), True),
+    (0.996, 0.959, ("shift1",), True),
+    (0.996, 0.959, ("flip",), False),  # members are not asked about as they were seen
+    (0.996, 0.98, (), False),
+    (0.8, 0.99, (), False),
+    (None, 0.99, (), False),
+    (0.996, None, (), False),
+  ],
+)
+def test_networks_that_are_worse_in_evaluation_mode_are_named(trained, seen, asked, told):
+  config = settings.audit_defaults()
+  config.train.augmentation, config.queries.augmentation = ("shift1",), asked
+  found = [
+    {"kind": "leakage", "member_accuracy": {"value": seen}, **layout.FULL_PRECISION._asdict()},
+    {"kind": "training", "accuracy": [0.3, trained]},
+  ]
+  sentence = attacking.behind_training(found, config)
+  assert bool(sentence) == told
+  assert not told or "99.6% of their members, in evaluation mode 95.9%" in sentence
+  assert attacking.behind_training(found[:1], config) is None
+
+
 def test_a_model_that_quantizing_broke_is_left_out_of_its_variant_only(leave_one_out):
   """Row 16: one NaN in one image of one quantized model of eight."""
   leave_one_out.scores[OBC, "shadows"][3, 17, 0] = np.nan
