@@ -38,7 +38,7 @@ from ptq_jax.audit.work import Chunk, Work
 from ptq_jax.data import augment, batches, duplicates, load
 from ptq_jax.metrics import leakage
 from ptq_jax.models import call, checks, conv, flops, predict, units
-from ptq_jax.quantize import METHODS, pack, plan
+from ptq_jax.quantize import METHODS, brecq, pack, plan
 from ptq_jax.report.records import Variant
 from ptq_jax.train import fit, optimizer
 
@@ -101,7 +101,12 @@ class Audit:
     examples = examples.astype(np.float32)
     if data.kind == "tokens":
       examples = data.train_images[number % len(data.train_images)]
-    return checks.check_classifier(self.model, examples, name=self.config.model.name)
+    notes = checks.check_classifier(self.model, examples, name=self.config.model.name)
+    if self.variants() and "brecq" in self.config.quantize.methods:
+      wanted = self.config.quantize.brecq.units
+      chain = units.chain(self.model, *self._variables_and_example(), units=wanted)
+      notes += [brecq.LAYER_BY_LAYER] if units.layer_by_layer(chain) else []
+    return notes
 
   @functools.cached_property
   def settled(self) -> dict:
@@ -161,9 +166,13 @@ class Audit:
   @functools.cached_property
   def layers(self) -> list[units.Layer]:
     """Layers of the model in execution order."""
-    images = self.dataset.fed(1)
-    shapes = jax.eval_shape(functools.partial(call.init, self.model), jax.random.key(0), images)
-    return units.layers(self.model, shapes, images)
+    return units.layers(self.model, *self._variables_and_example())
+
+  def _variables_and_example(self):
+    """Shapes of the model's variables, and what it takes."""
+    example = self.dataset.fed(1)
+    init = functools.partial(call.init, self.model)
+    return jax.eval_shape(init, jax.random.key(0), example), example
 
   def method_options(self, method: str) -> dict:
     """Options of a method's `quantize_stacked`, and how many images calibrate it."""

@@ -329,6 +329,13 @@ def chain(
   return _cut(modules, variables, images, all_layers, chosen)
 
 
+def layer_by_layer(chain: Sequence[Unit]) -> bool:
+  """Whether a chain has several units, and each of them is but a layer."""
+  owners = [unit for unit in chain if unit.layers]
+  return len(owners) > 1 and all([unit.name] == [each.path for each in unit.layers]
+                                 for unit in owners)  # fmt: skip
+
+
 def has_units(model: nn.Module) -> bool:
   """Whether the model names its units and runs one alone."""
   return hasattr(model, "units") and hasattr(model, "run_unit")

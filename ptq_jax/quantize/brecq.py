@@ -14,6 +14,7 @@ steps on mini-batches.
 import functools
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +39,12 @@ SCHEDULE = Schedule(num_steps=400, learning_rate=0.2, weight=0.1, decay_rates=(0
 
 PAPER = Schedule(num_steps=20_000, learning_rate=1e-3, weight=0.01)
 """The paper's schedule."""
+
+LAYER_BY_LAYER = (
+  "BRECQ finds no block of several layers in this model, so it learns roundings layer by layer, as "
+  "AdaRound does; blocks are submodules that hold several, and `units` (in an audit "
+  "quantize.brecq.units) names them."
+)
 
 BRANCHES_AT_ONCE = 8  # of a block with convolutions, in one compiled loop
 
@@ -98,6 +105,8 @@ def quantize_stacked(
   folded = fold_batchnorm.fold_stacked(model, variables, images)
   options = _Options(loss, labels, form, schedule, stop, fit_options)
   chain = cut.chain(model, *capture.one_of(folded, images), units=units)
+  if cut.layer_by_layer(chain):
+    warnings.warn(LAYER_BY_LAYER, stacklevel=3)
   return walk.quantize_stacked(
     functools.partial(_quantize_unit, options=options),
     keys,

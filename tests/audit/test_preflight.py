@@ -9,6 +9,7 @@ import pytest
 from ptq_jax import audit, settings, storage
 from ptq_jax.audit import layout, preflight
 from ptq_jax.data import load
+from ptq_jax.quantize import brecq
 from tests.audit.conftest import Heard, opened, tiny_config, unchecked
 
 BAD = {
@@ -292,6 +293,16 @@ def test_what_is_odd_in_a_model_is_said_and_stands_in_the_results(tmp_path, monk
   [note] = found.notes_on_model
   assert "are never negative" in note
   assert note in said
+
+
+def test_a_model_without_blocks_is_named_where_brecq_wants_them(tmp_path):
+  config = tiny_config(data__pool_size=None, data__test_size=None)
+  flat = nn.Sequential([nn.Dense(4), lambda x: x.mean(axis=(1, 2)), nn.Dense(2)])
+  given, notes = {"given_data": load.from_arrays(*FOUR), "given_model": flat}, []
+  for name, methods in (("with", ("brecq", "obc")), ("without", ("obc",))):
+    config.quantize.methods = methods
+    notes.append(preflight.open_audit(config, tmp_path / name, **given).notes_on_model)
+  assert notes == [[brecq.LAYER_BY_LAYER], []]
 
 
 def test_a_gpu_that_is_not_used_is_named_unless_it_is_meant(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptq_jax import trees
+from ptq_jax import models, trees
 from ptq_jax.models import convnet, resnet, units
 from tests import fresh
 
@@ -270,6 +270,14 @@ def test_submodules_are_units_that_run_alone(given, names):
     np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-6)
     logits = units.logits_from(model, variables, expected, images, unit)
     np.testing.assert_allclose(logits, model.apply(variables, images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_chain_without_blocks_is_known():
+  flat = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(4, (3, 3)), nn.BatchNorm(True)])
+  assert units.layer_by_layer(units.chain(flat, shapes(flat), IMAGES))
+  for blocks in (Blocks(), models.make("mlp", num_classes=3, hidden=(4,))):
+    images = IMAGES if isinstance(blocks, Blocks) else jnp.zeros((2, 5))
+    assert not units.layer_by_layer(units.chain(blocks, shapes(blocks, images), images))
 
 
 def test_a_block_that_runs_twice_makes_the_model_one_unit():
