@@ -258,7 +258,8 @@ def _plain(geometry, images, kernel):
 
 def _windows(geometry, kernel_size, images):
   """What each of the kh * kw entries of a kernel is multiplied with, [n, h, w, I] each."""
-  padded = jnp.pad(images, ((0, 0), *geometry.padding, (0, 0)))
+  whole, padding = (0, 0, 0), [(*pads, 0) for pads in geometry.padding]  # may be negative
+  padded = jax.lax.pad(images, jnp.zeros((), images.dtype), [whole, *padding, whole])
   size = _output_size(geometry, kernel_size, images.shape[1:3])
 
   def window(offset, axis):
@@ -318,7 +319,7 @@ def _apart(function, *arrays):
 def _output_size(geometry, kernel_size, image_size):
   """Height and width of the output."""
   return tuple(
-    (length + sum(pads) - (window - 1) * dilation - 1) // stride + 1
+    max((length + sum(pads) - (window - 1) * dilation - 1) // stride + 1, 0)
     for length, pads, window, dilation, stride in zip(
       image_size, geometry.padding, kernel_size, geometry.dilation, geometry.strides, strict=True
     )
@@ -345,10 +346,11 @@ def _forward(geometry):
   def shared_images(function, images, kernels):
     """Kernels join the output channels; groups, if any, stay outermost."""
     num_models, kh, kw, depth, features = kernels.shape
-    grouped = kernels.reshape(num_models, kh, kw, depth, geometry.groups, -1)
-    merged = jnp.moveaxis(grouped, 0, -2).reshape(kh, kw, depth, -1)
+    each = features // geometry.groups
+    grouped = kernels.reshape(num_models, kh, kw, depth, geometry.groups, each)
+    merged = jnp.moveaxis(grouped, 0, -2).reshape(kh, kw, depth, num_models * features)
     out = function(images, merged)
-    out = out.reshape(*out.shape[:-1], geometry.groups, num_models, -1)
+    out = out.reshape(*out.shape[:-1], geometry.groups, num_models, each)
     return jnp.moveaxis(out, -2, 0).reshape(num_models, *out.shape[:-3], features)
 
   return _batched(
