@@ -18,7 +18,7 @@ from flax import errors
 
 from ptq_jax import settings, storage
 from ptq_jax.attack import guards, protocol
-from ptq_jax.audit import measuring, reporting, work
+from ptq_jax.audit import measuring, quantizing, reporting, work
 from ptq_jax.audit.layout import FULL_PRECISION, OPERATIONAL_OPTIONS, Audit
 from ptq_jax.data import augment, batches
 from ptq_jax.models import call, conv, parallel, tables
@@ -254,14 +254,15 @@ def check(audit: Audit) -> None:
   if plans:
     quantize = config.quantize
     methods = [quantize[method] for method in quantize.methods if method in quantize]
-    survey = check_model(
-      audit.model,
-      image_shape=audit.dataset.image_shape,
-      tokens=audit.dataset.train_images[:1] if audit.dataset.kind == "tokens" else None,
-      plans=plans,
-      units=quantize.brecq.get("units") if "brecq" in quantize.methods else None,
-      strict=any(section.get("strict") for section in methods),
-    )
+    with quantizing.said_before():
+      survey = check_model(
+        audit.model,
+        image_shape=audit.dataset.image_shape,
+        tokens=audit.dataset.train_images[:1] if audit.dataset.kind == "tokens" else None,
+        plans=plans,
+        units=quantize.brecq.get("units") if "brecq" in quantize.methods else None,
+        strict=any(section.get("strict") for section in methods),
+      )
     if survey.kept:
       audit.say(capture.in_full_precision(survey.kept))
     for method in quantize.methods:

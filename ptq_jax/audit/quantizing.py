@@ -5,9 +5,13 @@ happened to each unit with them) and the integer codes. A run that was stopped g
 first method of the first chunk that is not complete.
 """
 
+import contextlib
 import functools
 import inspect
+import re
 import threading
+import warnings
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ from ptq_jax.audit.layout import FULL_PRECISION, Audit, is_sound, model_digest
 from ptq_jax.audit.work import Chunk
 from ptq_jax.data import augment
 from ptq_jax.models import units
-from ptq_jax.quantize import METHODS, pack, quantize_stacked
+from ptq_jax.quantize import METHODS, brecq, capture, pack, quantize_stacked
 from ptq_jax.report.records import Variant
 
 QUANTIZING = 2 / 3
@@ -86,9 +90,10 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], stage: S
     )
     if "progress" in inspect.signature(METHODS[method].quantize_stacked).parameters:
       options["progress"] = portions
-    quantized, info = quantize_stacked(
-      method, keys, audit.model, used, images[:, :size], plans=audit.plans(mine), **options
-    )
+    with said_before():
+      quantized, info = quantize_stacked(
+        method, keys, audit.model, used, images[:, :size], plans=audit.plans(mine), **options
+      )
     portions.end()
     packed, more = {}, {}
     for index, variant in enumerate(mine):
@@ -102,6 +107,15 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], stage: S
     for alike in same_body(audit, packed):
       audit.save_scores(alike, chunk, variables, sound=sound, more=more)
       stage.advance((1 - QUANTIZING) * len(chunk) * len(alike), f"{chunk.name}, {method}")
+
+
+@contextlib.contextmanager
+def said_before() -> Iterator[None]:
+  """Inside, what a method warns about is not shown if `preflight` has told it in a sentence."""
+  with warnings.catch_warnings():
+    for sentence in (capture.KEPT, brecq.LAYER_BY_LAYER):
+      warnings.filterwarnings("ignore", re.escape(sentence))
+    yield
 
 
 class Portions:

@@ -246,9 +246,12 @@ def _report_kept(kept, strict) -> None:
   warnings.warn(in_full_precision(kept), stacklevel=4)
 
 
+KEPT = "these weights stay in full precision: "
+
+
 def in_full_precision(kept: Sequence[Kept]) -> str:
   """A sentence on the weights that are not quantized, and why."""
-  return f"these weights stay in full precision: {_listed(kept)}."
+  return f"{KEPT}{_listed(kept)}."
 
 
 def _listed(kept):

@@ -9,7 +9,7 @@ import pytest
 from ptq_jax import audit, settings, storage
 from ptq_jax.audit import layout, preflight
 from ptq_jax.data import load
-from ptq_jax.quantize import brecq
+from ptq_jax.quantize import brecq, capture
 from tests.audit.conftest import Heard, opened, tiny_config, unchecked
 
 BAD = {
@@ -293,6 +293,27 @@ def test_what_is_odd_in_a_model_is_said_and_stands_in_the_results(tmp_path, monk
   [note] = found.notes_on_model
   assert "are never negative" in note
   assert note in said
+
+
+class Placed(nn.Module):
+  """A flat model, one of whose weights stays in full precision."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(3)(x.reshape(len(x), -1))
+    return nn.Dense(2)(x + self.param("place", nn.initializers.ones, (1, 3)))
+
+
+def test_what_is_said_is_not_warned_of_again(tmp_path, recwarn):
+  heard = Heard()
+  config = tiny_config(data__pool_size=None, data__test_size=None, quantize__levels=(4,))
+  config.quantize.methods, config.quantize.calibration_size = ("nearest", "brecq"), 1
+  config.data.pool_size, config.train.batch_size = None, 2
+  with unchecked():
+    audit.run(config, workdir=tmp_path, data=FOUR, model=Placed(), progress=heard)
+  for sentence in (brecq.LAYER_BY_LAYER, f"{capture.KEPT}'place' [1, 3]"):
+    assert sum(each.startswith(sentence) for each in heard) == 1
+    assert not any(str(each.message).startswith(sentence) for each in recwarn)
 
 
 def test_a_model_without_blocks_is_named_where_brecq_wants_them(tmp_path):
