@@ -77,6 +77,13 @@ def estimate(
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   old, changed, total = trees.flatten(variables), {}, jax.device_get(total)
   for mean, var, *_ in _leaves(momenta):
+    if not (np.isfinite(total[mean]).all() and np.isfinite(total[var]).all()):
+      warnings.warn(
+        f"what {mean.split('/', 1)[1].rpartition('/')[0]!r} normalises is not finite, or depends "
+        "on running statistics in training, too; its own statistics stay as they are.",
+        stacklevel=2,
+      )
+      continue
     centered = np.maximum(total[var] - total[mean] ** 2, 0)
     if (centered <= NO_SPREAD * total[var]).all():
       warnings.warn(
@@ -137,11 +144,12 @@ def _norms(model, variables, images) -> dict[str, tuple[float, int]]:
 
 
 def _updated(model, key, variables, images):
-  """Collection "batch_stats" after a forward pass in training mode."""
-  _, new = call.apply(
-    model, variables, images, train=True, mutable=["batch_stats"], rngs=call.rngs(key)
-  )
-  return new
+  """Collection "batch_stats" after a forward pass in training mode.
+
+  With the model's own convolutions, not by `call.apply`: ours have no forward-mode derivative.
+  """
+  options = call.mode(model, train=True) | {"mutable": ["batch_stats"], "rngs": call.rngs(key)}
+  return model.apply(variables, images, **options)[1]
 
 
 @functools.partial(conv.jit, static_argnums=(0, 1))

@@ -82,6 +82,31 @@ def test_momentum_of_one_keeps_and_dropout_runs(key, variables, images):
   assert np.isfinite(found["batch_stats"]["second_bn"]["var"]).all()
 
 
+class Circular(nn.Module):
+  """Its second normalisation sees the running statistics of the first, in training too."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    first = nn.BatchNorm(not train, name="first")(nn.Conv(3, (3, 3))(x))
+    if not self.is_initializing():
+      x = x - self.variables["batch_stats"]["first"]["mean"]
+    second = nn.BatchNorm(not train, name="second")(nn.Conv(3, (3, 3))(x))
+    return (first + second).mean(axis=(1, 2))
+
+
+def test_statistics_that_depend_on_others_stay_and_are_named(key):
+  with jax.numpy_rank_promotion("allow"):
+    images = jax.random.normal(jax.random.key(1), (20, 4, 4, 3)) + 2
+    variables = Circular().init(key, images, False)
+    with pytest.warns(UserWarning, match="what 'second' normalises is not finite, or depends"):
+      after = batchnorm.estimate(key, Circular(), variables, images)
+  first, second = (after["batch_stats"][name] for name in ("first", "second"))
+  assert np.isfinite(first["mean"]).all()
+  assert np.abs(first["mean"]).max() > 0.1
+  assert (second["mean"] == 0).all()
+  assert (second["var"] == 1).all()
+
+
 def test_without_statistics_nothing_happens(key, images):
   variables = nn.Dense(2).init(key, images)
   assert batchnorm.estimate(key, nn.Dense(2), variables, images) is variables
