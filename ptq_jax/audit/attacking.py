@@ -633,9 +633,9 @@ def behind_training(found: list[dict], config) -> str | None:
     return None
   return (
     f"in training the networks classify {trained:.1%} of their members, in evaluation mode "
-    f"{seen:.1%}: what they use there, such as running statistics of batch normalisation, lags "
-    "behind (more epochs or a smaller momentum help), so full precision is not at its best, and "
-    "OBC, which estimates such statistics anew, may be more accurate and leak more."
+    f"{seen:.1%}, so full precision is not at its best; often running statistics of batch "
+    "normalisation lag behind, which more epochs or a smaller momentum mend. OBC estimates those "
+    "anew, so it may be more accurate than full precision and leak more."
   )
 
 

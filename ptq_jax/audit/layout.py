@@ -102,7 +102,7 @@ class Audit:
     if data.kind == "tokens":
       examples = data.train_images[number % len(data.train_images)]
     notes = checks.check_classifier(self.model, examples, name=self.config.model.name)
-    if self.variants() and "brecq" in self.config.quantize.methods:
+    if any(variant.method == "brecq" for variant in self.variants()):
       wanted = self.config.quantize.brecq.units
       chain = units.chain(self.model, *self._variables_and_example(), units=wanted)
       notes += [brecq.LAYER_BY_LAYER] if units.layer_by_layer(chain) else []

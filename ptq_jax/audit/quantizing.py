@@ -42,7 +42,8 @@ def quantize(audit: Audit) -> list[str]:
   left = sum(len(chunk) * len(missing) for chunk, missing in pending.items())
   if not left:
     return []
-  with audit.timed("quantize"), audit.stage("quantize", total, done=total - left) as stage:
+  stage = audit.stage("quantize", total, done=total - left)
+  with audit.timed("quantize"), said_before(), stage:
     for chunk in (chunk for chunk in chunks if pending[chunk]):
       try:
         with audit.locked(chunk):
@@ -90,10 +91,9 @@ def quantize_chunk(audit: Audit, chunk: Chunk, variants: list[Variant], stage: S
     )
     if "progress" in inspect.signature(METHODS[method].quantize_stacked).parameters:
       options["progress"] = portions
-    with said_before():
-      quantized, info = quantize_stacked(
-        method, keys, audit.model, used, images[:, :size], plans=audit.plans(mine), **options
-      )
+    quantized, info = quantize_stacked(
+      method, keys, audit.model, used, images[:, :size], plans=audit.plans(mine), **options
+    )
     portions.end()
     packed, more = {}, {}
     for index, variant in enumerate(mine):

@@ -10,7 +10,7 @@ parts (forward, gradient of the images, gradient of the kernel) picks its own lo
 * both differ: "unrolled" (one convolution per model), "patches" (batched matrix products over
   extracted patches) or "grouped" (what JAX does by itself), see `choose_lowering`.
 
-A convolution that has groups itself does on a CPU without those that XLA has for it (`_in_groups`).
+A convolution that has groups itself is made of products on a CPU (`_in_groups`).
 
 `adopter` gives it to the `nn.Conv` of any Flax model; `models.call` does so.
 """
@@ -277,10 +277,10 @@ def _patches(geometry, kernel_size, images):
 
 
 def _in_groups(geometry, images, kernel):
-  """A convolution that has groups, of products alone: on a CPU XLA has no fast one.
+  """A convolution that has groups, as products alone; a depthwise one is a sum of shifted images.
 
-  A depthwise one takes 3 to 40 times as long there, forward and backward, as this sum of shifted
-  images, and the kernel's gradient of one with larger groups 5 to 60 times (BUILD_NOTES.md).
+  On a CPU XLA's own take 12 to 68 times as long, forward and backward (`launch/bench.py conv`,
+  BUILD_NOTES.md): all of a depthwise one, and with larger groups the gradient of the kernel.
   """
   *size, depth, features = kernel.shape
   windows, groups = _windows(geometry, size, images), geometry.groups
@@ -307,13 +307,18 @@ def _lacks_fast(geometry, kernel_size):
   return geometry.groups > 1 and small and jax.default_backend() == "cpu"
 
 
-def _apart(function, *arrays):
-  """The result of a function that XLA:CPU fuses with nothing of what its arguments are made of.
+def _apart(function):
+  """The function as one that XLA:CPU fuses with nothing of what its arguments are made of.
 
   Else it repeats all elementwise work since the last convolution for every entry of the kernel.
   """
-  with set_xla_metadata(inlineable="false"):
-    return jax.jit(function)(*arrays)
+  jitted = jax.jit(function)
+
+  def call(*arrays):
+    with set_xla_metadata(inlineable="false"):
+      return jitted(*arrays)
+
+  return call
 
 
 def _output_size(geometry, kernel_size, image_size):
@@ -332,9 +337,11 @@ def _forward(geometry):
     pixels = math.prod(_output_size(geometry, kernel.shape[:2], images.shape[1:3]))
     return 2 * kernel.size * len(images) * pixels
 
+  in_groups = _apart(functools.partial(_in_groups, geometry))
+
   def one(images, kernel):
     if kernel.shape[2] == 1 and _lacks_fast(geometry, kernel.shape[:2]):
-      return _apart(functools.partial(_in_groups, geometry), images, kernel)
+      return in_groups(images, kernel)
     return _plain(geometry, images, kernel)
 
   def by_patches(images, kernel):
@@ -368,9 +375,11 @@ def _image_gradient(geometry, image_size):
     images = shape(cotangent, kernel)
     return jax.linear_transpose(lambda x: convolution(geometry, x, kernel), images)(cotangent)[0]
 
+  in_groups = _apart(functools.partial(transposed, _in_groups))
+
   def one(cotangent, kernel):
     if kernel.shape[2] == 1 and _lacks_fast(geometry, kernel.shape[:2]):
-      return _apart(functools.partial(transposed, _in_groups), cotangent, kernel)
+      return in_groups(cotangent, kernel)
     return transposed(_plain, cotangent, kernel)
 
   def by_patches(cotangent, kernel):
@@ -394,9 +403,11 @@ def _kernel_gradient(geometry, kernel_size):
     kernel = jax.ShapeDtypeStruct(shape, images.dtype)
     return jax.linear_transpose(lambda k: convolution(geometry, images, k), kernel)(cotangent)[0]
 
+  in_groups = _apart(functools.partial(transposed, _in_groups))
+
   def one(images, cotangent):
     if _lacks_fast(geometry, kernel_size):
-      return _apart(functools.partial(transposed, _in_groups), images, cotangent)
+      return in_groups(images, cotangent)
     return transposed(_plain, _materialised(images), cotangent)
 
   def by_patches(images, cotangent):
@@ -421,8 +432,12 @@ def _materialised(images):
   """
   if jax.default_backend() != "cpu":
     return images
-  axes = (3, 1, 2, 0)
-  return jnp.transpose(_apart(functools.partial(jnp.transpose, axes=axes), images), axes)
+  return jnp.transpose(_swap_batch_and_channels(images), (3, 1, 2, 0))
+
+
+@_apart
+def _swap_batch_and_channels(images):
+  return jnp.transpose(images, (3, 1, 2, 0))
 
 
 def _product(geometry, subscripts, first, second):

@@ -331,9 +331,8 @@ def chain(
 
 def layer_by_layer(chain: Sequence[Unit]) -> bool:
   """Whether a chain has several units, and each of them is but a layer."""
-  owners = [unit for unit in chain if unit.layers]
-  return len(owners) > 1 and all([unit.name] == [each.path for each in unit.layers]
-                                 for unit in owners)  # fmt: skip
+  found = [(unit.name, [layer.path for layer in unit.layers]) for unit in chain if unit.layers]
+  return len(found) > 1 and all(paths == [name] for name, paths in found)
 
 
 def has_units(model: nn.Module) -> bool:

@@ -77,18 +77,19 @@ def estimate(
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   old, changed, total = trees.flatten(variables), {}, jax.device_get(total)
   for mean, var, *_ in _leaves(momenta):
+    name = mean.removeprefix("batch_stats/").removesuffix("/mean")
     if not (np.isfinite(total[mean]).all() and np.isfinite(total[var]).all()):
       warnings.warn(
-        f"what {mean.split('/', 1)[1].rpartition('/')[0]!r} normalises is not finite, or depends "
-        "on running statistics in training, too; its own statistics stay as they are.",
+        f"what {name!r} normalises is not finite, or depends on running statistics in training, "
+        "too; its own statistics stay as they are.",
         stacklevel=2,
       )
       continue
     centered = np.maximum(total[var] - total[mean] ** 2, 0)
     if (centered <= NO_SPREAD * total[var]).all():
       warnings.warn(
-        f"the images give {mean.split('/', 1)[1].rpartition('/')[0]!r} no variance in any channel; "
-        "its statistics stay as they are. Calibrate with images that differ.",
+        f"the images give {name!r} no variance in any channel; its statistics stay as they are. "
+        "Calibrate with images that differ.",
         stacklevel=2,
       )
       continue

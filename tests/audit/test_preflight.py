@@ -308,7 +308,7 @@ def test_what_is_said_is_not_warned_of_again(tmp_path, recwarn):
   heard = Heard()
   config = tiny_config(data__pool_size=None, data__test_size=None, quantize__levels=(4,))
   config.quantize.methods, config.quantize.calibration_size = ("nearest", "brecq"), 1
-  config.data.pool_size, config.train.batch_size = None, 2
+  config.train.batch_size = 2
   with unchecked():
     audit.run(config, workdir=tmp_path, data=FOUR, model=Placed(), progress=heard)
   for sentence in (brecq.LAYER_BY_LAYER, f"{capture.KEPT}'place' [1, 3]"):

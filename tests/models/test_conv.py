@@ -141,6 +141,21 @@ def test_a_depthwise_one_is_products_on_a_cpu():
     for function in (conv.conv_general_dilated, jax.lax.conv_general_dilated)
   ]
   assert left == [0, 3] or jax.default_backend() != "cpu"
+  large = jnp.ones((9, 9, 1, 4))  # too many products to compile
+  run = functools.partial(convolve, conv.conv_general_dilated, geometry=GEOMETRIES["depthwise"])
+  assert programs.count(jax.make_jaxpr(run)(images, large), PRIMITIVE) == 1
+
+
+def test_outside_of_jit_nothing_is_compiled_again(caplog):
+  images, kernel = arrays(4)
+  run = functools.partial(
+    value_and_gradients, conv.conv_general_dilated, geometry=GEOMETRIES["depthwise"]
+  )
+  with jax.log_compiles():
+    for compiled in (True, False):
+      caplog.clear()
+      run(images, kernel)
+      assert any(each.message.startswith("Compiling ") for each in caplog.records) == compiled
 
 
 def test_half_precision_is_summed_up_in_single():
