@@ -18,7 +18,7 @@ class Event(NamedTuple):
   stage: str
   done: float = 0.0  # units of work, of this run and those before it
   total: float = 0.0
-  before: float = 0.0  # units of work of the runs before: they tell nothing about the speed of this
+  before: float = 0.0  # units of work that others did: they tell nothing about the speed of this run
   note: str = ""  # in a few words what was done last
   sentence: str = ""  # to be said once, on a line of its own
   measured: Measured | None = None
@@ -64,6 +64,12 @@ class Stage:
     """Adds finished work; `note` says in a few words what it was."""
     self._now = self._now._replace(done=self._now.done + amount, note=note or self._now.note)
     self._listener(self._now._replace(measured=measured))
+
+  def skip(self, amount: float | int) -> None:
+    """Adds work that turns out to be done, by a run before or another process."""
+    before = self._now.before + amount
+    self._now = self._now._replace(done=self._now.done + amount, before=before)
+    self._listener(self._now)
 
   def say(self, sentence: str) -> None:
     """Tells a sentence."""

@@ -48,7 +48,7 @@ def quantize(audit: Audit) -> list[str]:
       try:
         with audit.locked(chunk):
           missing = [variant for variant in variants if audit.pending(variant, chunk)]
-          stage.advance(len(chunk) * (len(pending[chunk]) - len(missing)))
+          stage.skip(len(chunk) * (len(pending[chunk]) - len(missing)))
           if missing:
             quantize_chunk(audit, chunk, missing, stage)
       except work.Busy as owner:

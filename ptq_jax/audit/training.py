@@ -62,7 +62,7 @@ def train_chunk(audit: Audit, chunk: Chunk, stage: Stage):
   ):
     saved = restore(audit, chunk, trained, states_like(audit, chunk).variables, stage.say)
     if saved.tree is not None:
-      stage.advance(len(chunk) * epochs)
+      stage.skip(len(chunk) * epochs)
       return saved.tree
     with stopping.deferred(stage.say) as stopped:
       while True:
@@ -142,7 +142,7 @@ def train_updates(audit: Audit, chunk: Chunk, stage: Stage, stopped) -> fit.Stat
     states = saved.tree
     if states is None:
       states = shadows.init(keys, recipe, image_shape=audit.dataset.image_shape)
-    stage.advance(len(chunk) * saved.step / steps)
+    stage.skip(len(chunk) * saved.step / steps)
     curve = Curve(audit.model_directory(chunk) / "metrics.jsonl", saved.step, steps)
     last_saved, before, parts, shown = time.monotonic(), saved.step, [], None
     done = shadows.Dispatch(saved.step, (states,), None, len(chunk))

@@ -88,13 +88,26 @@ def test_a_resumed_training_goes_on_with_its_curve(finished, tmp_path, monkeypat
       file.write('{"step": 5, "epoch": 1.7, "loss": [9.0], "accuracy": [0.0]}\n')
   else:
     path.write_bytes(damage)
-  training.train(opened(tmp_path))
+  told = []
+  training.train(preflight.open_audit(tiny_config(), tmp_path, listener=told.append))
+  (*_, last) = (event for event in told if event.stage == "train_shadows")
+  assert (last.done, last.total) == (16, 16)  # models x epochs
+  assert last.before == pytest.approx(4 * 4 / 3)  # the speed of this run is that of the rest
   steps = [3, 4, 6] if damage is None else [6]
   assert [row["step"] for row in curve(tmp_path)] == steps
   if damage is None:
     assert curve(tmp_path)[0] == curve(finished)[0]
     assert [measured.step for measured in heard.measured] == [3, 4]
     assert heard.measured[0].values["loss"] == pytest.approx(np.mean(curve(finished)[0]["loss"]))
+
+
+def test_models_that_are_there_tell_nothing_about_the_speed(copied):
+  shutil.rmtree(copied / "scores" / "full_precision")
+  told = []
+  assert training.train(preflight.open_audit(tiny_config(), copied, listener=told.append)) == []
+  stage = [event for event in told if event.stage == "train_shadows" and not event.sentence]
+  assert [event.done for event in stage] == [event.before for event in stage]
+  assert stage[-1].done == stage[-1].total == 16
 
 
 def test_a_stop_after_the_last_moment_to_save_is_not_forgotten(tmp_path, monkeypatch):
