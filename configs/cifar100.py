@@ -13,9 +13,10 @@ protocol=fast (default): 16 models, each the target of the others, with recipe=f
 protocol=paper: 64 shadows and 10 targets, 160 epochs, and 20 000 steps of AdaRound and BRECQ for
   every unit of every model. To train takes 1 EFLOP by count:
   for several accelerators (launch/slurm.sh, k8s.yaml).
-protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores, 26
-  minutes (measured): accuracy 23.8 %, AUC .887, TPR 6.6 % at 0.1 % FPR in full precision, 2.8 to
-  4.4 % at 1.58 bit. The table is in BUILD_NOTES.md.
+protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each; two CPU cores,
+  three quarters of an hour: accuracy 23.7 %, AUC .891, TPR 9.7 % at 0.1 % FPR in full precision,
+  2.5 to 4.0 % at 1.58 bit with AdaRound, BRECQ and OBC (best attacker). The table is in
+  BUILD_NOTES.md.
 protocol=deep: resnet18 of width 8 on 4000 images of 16x16 (it just fits its 2000 members), 12
   models (32 in README.md), 100 members calibrate: where low precision costs members their fit.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
