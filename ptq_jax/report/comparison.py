@@ -103,16 +103,19 @@ def summarize(studies: Studies) -> findings.Findings:
   """Where the studies differ and what they have in common."""
   fpr = headline_fpr(studies)
   judged = {name: verdicts(records, fpr) for name, records in studies.items()}
-  points = [*_settings_points(studies), *_rate_points(studies, fpr)]
-  for claim, words in CLAIMS.items():
-    points += _claim_points({name: found[claim] for name, found in judged.items()}, words)
+  points = [*_settings_points(studies), *_rate_points(studies, fpr), *_fit_points(studies, fpr)]
   points += [_undone(name, records, judged[name]["leakage"], fpr) for name, records in (
     studies.items()) if judged[name]["leakage"]]  # fmt: skip
-  points += _fit_points(studies, fpr)
-  audited = [
-    f"{name}: {findings.audited_by(records, records_lib.main_attack(records))}"
+  for claim, words in CLAIMS.items():
+    points += _claim_points({name: found[claim] for name, found in judged.items()}, words)
+  audited = [f"{name}: {findings.audited(records)}" for name, records in studies.items()]
+  attacks = {
+    name: records_lib.attack_name(records_lib.main_attack(records))
     for name, records in studies.items()
-  ]
+  }
+  if len(set(attacks.values())) == 1:
+    attacks = {"": min(attacks.values())}
+  audited += [f"Attack{name and f' of {name}'}: {attack}." for name, attack in attacks.items()]
   found = {name: found["leakage"] for name, found in judged.items()}
   return findings.Findings(_headline(found), " ".join(audited), points)
 
@@ -145,29 +148,43 @@ def _falls(change: Difference) -> bool:
 
 
 def _claim_points(judged: Mapping[str, Mapping[Variant, Difference]], words: str) -> list[str]:
-  """One sentence for each way in which studies agree or differ over a claim."""
-  patterns: dict[tuple, list[Variant]] = {}
+  """Of what a claim holds in every study and in none, and then each way in which studies differ."""
+  every, none, differ = [], [], {}
   for variant in _shared(judged):
     told = [name for name, found in judged.items() if variant in found]
     falls = tuple(name for name in told if _falls(judged[name][variant]))
     others = tuple(name for name in told if name not in falls)
-    patterns.setdefault((falls, others), []).append(variant)
-  points = []
-  for (falls, others), variants in patterns.items():
-    named = _listed(map(records_lib.describe, variants), "and", most=6)
-    if not falls:
-      points.append(f"{words} is measurable in no study of {named}.")
-    elif not others:
-      points.append(f"{words} is measurable in every study of {named}.")
+    if falls and others:
+      differ.setdefault((falls, others), []).append(variant)
     else:
-      values = {v: [judged[name][v].value for name in falls + others] for v in variants}
-      gap = max(variants, key=lambda v: max(values[v]) - min(values[v]))
-      numbers = "; ".join(f"{name} {_change(judged[name][gap])}" for name in falls + others)
-      points.append(
-        f"{words} is measurable in {_listed(falls)}, but not in {_listed(others, 'or')}, for"
-        f" {named} ({records_lib.describe(gap)}: {numbers})."
-      )
+      (none if others else every).append(variant)
+  points = [
+    f"{words} is measurable in {which} study of {_named(variants)}."
+    for which, variants in (("every", every), ("no", none))
+    if variants
+  ]
+  for (falls, others), variants in differ.items():
+    points.append(
+      f"{words} is measurable in {_listed(falls)}, but not in {_listed(others, 'or')}, for"
+      f" {_named(variants)} ({_widest(judged, variants, falls, others)})."
+    )
   return points
+
+
+def _named(variants: Iterable[Variant]) -> str:
+  return _listed(map(records_lib.describe, variants), most=6)
+
+
+def _widest(judged, variants: Sequence[Variant], falls, others) -> str:
+  """Over which variant they differ most: where it falls most, and the least of the others."""
+  ends = {}
+  for variant in variants:
+    values = {name: judged[name][variant].value for name in (*falls, *others)}
+    ends[variant] = min(falls, key=values.get), max(others, key=values.get)
+  gaps = {v: judged[most][v].value - judged[least][v].value for v, (most, least) in ends.items()}
+  widest = min(gaps, key=gaps.get)
+  numbers = "; ".join(f"{name} {_change(judged[name][widest])}" for name in ends[widest])
+  return numbers if len(variants) == 1 else f"{records_lib.describe(widest)}: {numbers}"
 
 
 def _change(change: Difference) -> str:

@@ -211,9 +211,14 @@ def _points(change: float) -> str:
 
 def audited_by(records: Sequence[Record], attack: str) -> str:
   """What was audited and how, from the run record."""
+  return " ".join(filter(None, (audited(records), f"Attack: {records_lib.attack_name(attack)}.")))
+
+
+def audited(records: Sequence[Record]) -> str:
+  """A sentence about the models, the data and the protocol of the run record; "" without one."""
   runs = records_lib.select(records, "run")
   if not runs:
-    return f"Attack: {records_lib.attack_name(attack)}."
+    return ""
   run = runs[0]
   model, data = run["model"], run["data"]
   parameters = _count(model.get("parameters"), "parameters")
@@ -223,11 +228,9 @@ def audited_by(records: Sequence[Record], attack: str) -> str:
   what += f" ({parameters})" if parameters else ""
   where = f"{data.get('name', 'data')}{f' ({pool})' if pool else ''}"
   if run["protocol"] == "leave-one-out":
-    how = f"{run['models']} {what} on {where}; each is attacked with the others as shadows"
-  else:
-    what = what.replace("models", "model", 1) if run["targets"] == 1 else what
-    how = f"{run['targets']} target {what} on {where}, attacked with {run['models']} shadows"
-  return f"{how}. Attack: {records_lib.attack_name(attack)}."
+    return f"{run['models']} {what} on {where}; each is attacked with the others as shadows."
+  what = what.replace("models", "model", 1) if run["targets"] == 1 else what
+  return f"{run['targets']} target {what} on {where}, attacked with {run['models']} shadows."
 
 
 def _share(share: float | None) -> str:

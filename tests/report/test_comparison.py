@@ -34,8 +34,8 @@ def test_where_studies_differ_is_said_with_numbers(two):
     " OBC at 1.58 bit in some only."
   )
   assert (
-    f"{less} deep, but not in shallow, for OBC at 1.58 bit (OBC at 1.58 bit: deep -8.0 points"
-    " (-8.2 to -7.8); shallow -0.1 points (-0.3 to +0.1))."
+    f"{less} deep, but not in shallow, for OBC at 1.58 bit (deep -8.0 points (-8.2 to -7.8);"
+    " shallow -0.1 points (-0.3 to +0.1))."
   ) in found.points
   assert f"{less} every study of AdaRound at 1.58 bit." in found.points
   assert f"{less} no study of Nearest at 1.58 bit." in found.points
@@ -46,6 +46,19 @@ def test_where_studies_differ_is_said_with_numbers(two):
     "deep: of 3 quantized variants 2 leak measurably less to an attacker who takes scores as they"
     " are, 2 to the best" in point for point in found.points
   )  # fmt: skip
+
+
+def test_variants_are_named_together_whatever_other_studies_have(example):
+  """And of many studies two are quoted: where a variant falls most, where least of the others."""
+  change = {"a": {OBC: -0.08, ADA: -0.04}, "b": {OBC: -0.06, ADA: -0.02, NEAREST: -0.03},
+            "c": {OBC: -0.001, NEAREST: -0.02}, "d": {OBC: 0.001}}  # fmt: skip
+  found = comparison.summarize({name: example.study(own) for name, own in change.items()})
+  [every, differ] = [point for point in found.points if point.startswith("Less leakage")]
+  assert every.endswith(" in every study of Nearest at 1.58 bit and AdaRound at 1.58 bit.")
+  assert " in a and b, but not in c or d, for OBC at 1.58 bit (a -8.0 points (" in differ
+  assert "; d +0.1 points (" in differ
+  assert "b -6.0" not in differ
+  assert found.audited.count("Attack: LiRA online.") == 1
 
 
 def test_studies_that_agree(example):
