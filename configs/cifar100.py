@@ -18,7 +18,7 @@ protocol=small: resnet8 on 8000 images, 16 models, 32 quantized variants of each
   2.5 to 4.0 % at 1.58 bit with AdaRound, BRECQ and OBC (best attacker). The table is in
   BUILD_NOTES.md.
 protocol=deep: resnet18 of width 8 on 4000 images of 16x16 (it just fits its 2000 members), 12
-  models (32 in README.md), 100 members calibrate: where low precision costs members their fit.
+  models, 100 members calibrate: where low precision costs members their fit; 12 minutes.
 protocol=smoke: resnet8 on 200 images, six models; two CPU cores, one to two minutes, most of it
   compilation. The numbers mean nothing.
 recipe=fast or paper: how each model is trained, if not as the protocol has it, such as

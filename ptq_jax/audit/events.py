@@ -18,9 +18,7 @@ class Event(NamedTuple):
   stage: str
   done: float = 0.0  # units of work, of this run and those before it
   total: float = 0.0
-  before: float = (
-    0.0  # units of work that others did: they tell nothing about the speed of this run
-  )
+  before: float = 0.0  # units of work that others did: they tell nothing about this run's speed
   note: str = ""  # in a few words what was done last
   sentence: str = ""  # to be said once, on a line of its own
   measured: Measured | None = None
